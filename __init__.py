@@ -1,0 +1,30 @@
+"""Speech language models that hear how something is said as well as what is said.
+
+Lazy on purpose: pytest imports this file a second time under the name of the repository's folder, and an eager import
+would define every class twice.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "DualSLMConfig": "configuration_dual_slm",
+    "DualSLMForConditionalGeneration": "modeling_dual_slm",
+    "LinguisticAdapter": "modeling_dual_slm",
+    "ParalinguisticAdapter": "modeling_dual_slm",
+    "DualSLMProcessor": "processing_dual_slm",
+    "DualSLMConversation": "processing_dual_slm",
+    "AudioTextToTextPipeline": "processing_dual_slm",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(import_module(f"dual_slm.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

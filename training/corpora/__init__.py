@@ -1,0 +1,1 @@
+"""Corpora as rows of one schema."""
