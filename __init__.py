@@ -17,11 +17,25 @@ _EXPORTS = {
     "DualSLMConversation": "processing_dual_slm",
     "AudioTextToTextPipeline": "processing_dual_slm",
 }
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["__version__", "register_auto_classes", *_EXPORTS]
+
+
+def register_auto_classes() -> None:
+    """Lets AutoConfig, AutoModelForMultimodalLM and AutoProcessor know this package, so that no remote code is needed."""
+    from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
+
+    from dual_slm.configuration_dual_slm import DualSLMConfig
+    from dual_slm.modeling_dual_slm import DualSLMForConditionalGeneration
+    from dual_slm.processing_dual_slm import DualSLMProcessor
+
+    AutoConfig.register("dual_slm", DualSLMConfig, exist_ok=True)
+    AutoModelForMultimodalLM.register(DualSLMConfig, DualSLMForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(DualSLMConfig, DualSLMProcessor, exist_ok=True)
 
 
 def __getattr__(name: str):
     if name in _EXPORTS:
+        register_auto_classes()
         return getattr(import_module(f"dual_slm.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -216,14 +216,14 @@ class DualSLMConfig(PreTrainedConfig):
 # The adapters that learn without the LLM (DESIGN, Embedding-space warm start): outputs in the LLM's own token embeddings.
 WARM_START_ADAPTERS = {
     "encoder_padding": "real",
-    "num_paralinguistic_tokens": 17,
+    "num_paralinguistic_tokens": 16,
     "paralinguistic_num_layers": 0,
     "paralinguistic_dropout": 0.2,
     "paralinguistic_pooling": "statistics",
     "paralinguistic_slot_vectors": True,
     "paralinguistic_layer_mix": True,
     "paralinguistic_hidden_size": 512,
-    "paralinguistic_soft_vocab_size": 29,
+    "paralinguistic_soft_vocab_size": 28,
     "linguistic_downsample_rate": 2,
     "linguistic_hidden_size": 2048,
     "linguistic_dropout": 0.25,

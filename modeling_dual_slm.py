@@ -460,7 +460,7 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_tower, audio_config = _load_audio_tower(audio_model_id, revision=audio_revision, **options)
         language_model = _load_language_model(text_model_id, revision=text_revision, **options)
         config = DualSLMConfig(
-            audio_config=audio_config,
+            audio_config=audio_config.to_dict(),  # copies: a composite model writes into its sub-configs
             text_config=language_model.config.to_dict(),
             audio_model_id=audio_model_id,
             audio_model_revision=getattr(audio_config, "_commit_hash", None),

@@ -108,13 +108,8 @@ def _noise(length: int, rng: np.random.Generator) -> np.ndarray:
     return noise / (np.sqrt(np.mean(noise**2)) + 1e-9)
 
 
-def make_clip(text: str, seed: int, index: int) -> tuple[np.ndarray, dict]:
-    """Clip number `index`: float32 samples at 16 kHz and its metadata. `index` also says the voice, by `VOICES`' shares."""
-    rng = np.random.default_rng([seed, index])
-    engine, voice, gender, _ = VOICES[rng.choice(len(VOICES), p=[share for *_, share in VOICES])]
-    tract = math.exp(rng.uniform(-0.18, 0.22))  # > 1: a shorter vocal tract, a higher voice
-    audio, rate = _speak(engine, voice, text, stretch=tract * math.exp(rng.uniform(-0.35, 0.35)), rng=rng)
-    audio = soxr.resample(audio, rate * tract, SAMPLING_RATE)
+def degrade(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A room, background noise, a telephone line and another gain, each by chance: (samples,) at 16 kHz -> the same."""
     audio = audio / (np.max(np.abs(audio)) + 1e-9)
     if rng.random() < 0.4:
         audio = _room(audio, rng)
@@ -123,7 +118,17 @@ def make_clip(text: str, seed: int, index: int) -> tuple[np.ndarray, dict]:
         audio = audio + _noise(len(audio), rng) * power * 10 ** (-rng.uniform(8, 40) / 20)
     if rng.random() < 0.1:  # telephone band
         audio = soxr.resample(soxr.resample(audio, SAMPLING_RATE, 8_000), 8_000, SAMPLING_RATE)
-    audio = audio / (np.max(np.abs(audio)) + 1e-9) * 10 ** (-rng.uniform(1, 24) / 20)
+    return audio / (np.max(np.abs(audio)) + 1e-9) * 10 ** (-rng.uniform(1, 24) / 20)
+
+
+def make_clip(text: str, seed: int, index: int) -> tuple[np.ndarray, dict]:
+    """Clip number `index`: float32 samples at 16 kHz and its metadata. `index` also says the voice, by `VOICES`' shares."""
+    rng = np.random.default_rng([seed, index])
+    engine, voice, gender, _ = VOICES[rng.choice(len(VOICES), p=[share for *_, share in VOICES])]
+    tract = math.exp(rng.uniform(-0.18, 0.22))  # > 1: a shorter vocal tract, a higher voice
+    audio, rate = _speak(engine, voice, text, stretch=tract * math.exp(rng.uniform(-0.35, 0.35)), rng=rng)
+    audio = soxr.resample(audio, rate * tract, SAMPLING_RATE)
+    audio = degrade(audio, rng)
     # A changed vocal tract changes who one hears: the gender is known only where the voice was left nearly alone.
     known = gender if abs(math.log(tract)) < 0.08 else None
     return audio.astype(np.float32), {"speaker": f"{engine}/{voice}/{tract:.2f}", "gender": known}

@@ -1,0 +1,155 @@
+"""Makes the released checkpoint `dual-slm-smollm2-135m` again, from raw audio to the card.
+
+    python -m dual_slm.training.run --data ../shared/data --work runs/smollm2 --output model_cards/dual-slm-smollm2-135m
+
+Every step leaves its result in `--work` and is skipped when it is there: synthesis, cached features, adapters.
+"""
+
+import argparse
+import collections
+import csv
+import gzip
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoFeatureExtractor, AutoTokenizer
+
+from .. import DualSLMForConditionalGeneration, DualSLMProcessor
+from ..configuration_dual_slm import WARM_START_ADAPTERS
+from ..modeling_dual_slm import resolve_backbone
+from ..processing_dual_slm import CaptionSlots
+from .attributes import Thresholds
+from .backbones import fetch_backbone
+from .corpora.schema import read_folder
+from .corpora.synthesis import build
+from .features import FeatureCache
+from .warm_start import Speller, caption_targets, normalize, train_linguistic, train_paralinguistic
+
+CAPTION_TEMPLATE = "({gender} voice, {pitch} pitch, {tempo} tempo, {energy} energy, {emotion} emotion)"
+ATTRIBUTE_LABELS = {
+    "gender": ["female", "male"],
+    "pitch": ["low", "normal", "high"],
+    "tempo": ["slow", "normal", "fast"],
+    "energy": ["low", "normal", "high"],
+    "emotion": ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"],
+}
+# Real corpora and how many augmented copies of each clip are added. TESS is left out: its licence forbids derivatives.
+LINGUISTIC = {"librispeech_subset": 3, "librispeech_4spk": 3, "vctk_subset": 3, "asterisk_prompts": 1, "read_misc": 3}
+LINGUISTIC |= {"fsdd_subset": 0}
+PARALINGUISTIC = {"ravdess": 5, "librispeech_subset": 1, "librispeech_4spk": 1, "vctk_subset": 3, "asterisk_prompts": 1}
+
+
+def sentences(data: Path) -> list[str]:
+    """Texts to synthesise: LibriSpeech train-clean-100 without any speaker held out here, DailyTalk, StyleTalk train."""
+    held_out = set()
+    for folder in ("librispeech_subset", "librispeech_4spk", "read_misc"):
+        for row in read_folder(data / folder):
+            if row["split"] != "train" and row["speaker"]:
+                held_out.add(row["speaker"].split("_")[-1])
+    metadata = data / "metadata"
+    speakers = (metadata / "LibriSpeech/SPEAKERS.TXT").read_text(encoding="utf-8").splitlines()
+    allowed = {line.split("|")[0].strip() for line in speakers if "| train-clean-100" in line} - held_out
+    texts = []
+    with gzip.open(metadata / "LibriSpeech/transcripts_all.txt.gz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            name, text = line.split(" ", 1)
+            if name.split("-")[0] in allowed:
+                texts.append(text.strip().lower())
+    for line in (metadata / "DailyTalk/dailytalk_dialogs.jsonl").read_text(encoding="utf-8").splitlines():
+        texts += [turn["text"] for turn in json.loads(line)["turns"]]
+    with open(metadata / "StyleTalk/train.csv", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            texts += [re.sub(r"^[AB]\s*:\s*", "", row["curr_text"].strip()), row["res_text"].strip()]
+    return [text for text in texts if len(text.split()) >= 3]
+
+
+def augmented(rows: list[dict], copies: int) -> list[dict]:
+    """The rows, and `copies` of each that `features.load_row` will change, every copy in its own way."""
+    return rows + [row | {"augment": copy} for copy in range(1, copies + 1) for row in rows]
+
+
+def training_rows(data: Path, synthetic: Path, recipe: dict[str, int], limit_synthetic: int | None = None) -> list[dict]:
+    rows = []
+    for folder, copies in recipe.items():
+        train = [row for row in read_folder(data / folder) if row["split"] == "train" and row["transcript"]]
+        rows += augmented(train, copies)
+    return rows + read_folder(synthetic)[:limit_synthetic]
+
+
+def held_out_rows(data: Path, folder: str, split: str) -> list[dict]:
+    return [row for row in read_folder(data / folder) if row["split"] == split and row["transcript"]]
+
+
+def new_model(thresholds: Thresholds | None = None) -> tuple[DualSLMForConditionalGeneration, DualSLMProcessor]:
+    audio, text = "whisper-base", "smollm2-135m-instruct"
+    for name in (audio, text):
+        fetch_backbone(name)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(text))
+    slots = CaptionSlots(tokenizer, CAPTION_TEMPLATE, ATTRIBUTE_LABELS)
+    fields = WARM_START_ADAPTERS | {
+        "num_paralinguistic_tokens": slots.num_slots,
+        "paralinguistic_soft_vocab_size": len(slots.token_ids),
+        "caption_template": CAPTION_TEMPLATE,
+        "attribute_labels": ATTRIBUTE_LABELS,
+    }
+    model = DualSLMForConditionalGeneration.from_backbones(audio, text, **fields)
+    extractor = AutoFeatureExtractor.from_pretrained(resolve_backbone(audio))
+    processor = DualSLMProcessor.from_config(model.config, extractor, tokenizer)
+    model.paralinguistic_adapter.soft_tokens.token_ids = torch.tensor(slots.token_ids)
+    return model, processor
+
+
+def word_errors(model, cache: FeatureCache, processor: DualSLMProcessor) -> float:
+    """WER of `heard` on cached clips, over bare lower-case words: the quick figure that training is watched by."""
+    import jiwer
+
+    said, heard = [], []
+    adapter, embedding = model.linguistic_adapter, model.get_input_embeddings()
+    with torch.inference_mode():
+        for index, row in enumerate(cache.rows):
+            frames = cache.get(index, "frames").float()[None]
+            _, _, ids = adapter(frames, torch.tensor([frames.shape[1]]), embedding)
+            said.append(" ".join(normalize(row["transcript"])))
+            heard.append(" ".join(normalize(processor.decode(ids))))
+    return jiwer.wer(said, heard)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--hours", type=float, default=16.0, help="synthesised speech")
+    parser.add_argument("--steps", type=int, nargs=2, default=(600, 2400), help="CTC steps over 2,379 and 9,085 pieces")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only-features", action="store_true")
+    args = parser.parse_args()
+    started = time.time()
+    torch.manual_seed(args.seed)
+
+    synthetic = args.work / "synthetic"
+    texts = sentences(args.data)
+    if not (synthetic / "metadata.jsonl").is_file():
+        build(texts, synthetic, args.hours, args.seed)
+    model, processor = new_model()
+    features = args.work / "features"
+
+    def cached(rows: list[dict], kind: str) -> FeatureCache:
+        return FeatureCache(features, rows, kind, model.config).build(model, processor)
+
+    watched = {
+        split: cached(held_out_rows(args.data, "librispeech_subset", split), "frames") for split in ("validation", "test")
+    }
+    pooled = cached(training_rows(args.data, synthetic, PARALINGUISTIC, limit_synthetic=3000), "pooled")
+    pooled_validation = cached(held_out_rows(args.data, "ravdess", "validation"), "pooled")
+    frames = cached(training_rows(args.data, synthetic, LINGUISTIC), "frames")
+    if args.only_features:
+        return
+
+
+if __name__ == "__main__":
+    main()
