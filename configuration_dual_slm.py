@@ -66,6 +66,8 @@ class DualSLMConfig(PreTrainedConfig):
             The sentence that the paralinguistic tokens spell, with `{attribute}` fields, where the adapter was taught to.
         attribute_labels (`dict[str, list[str]]`, *optional*):
             The classes of each attribute in `caption_template`.
+        attribute_thresholds (`dict[str, tuple[float, float]]`, *optional*):
+            Borders of low | normal | high that pitch (Hz), energy (RMS) and tempo (s a word) were labelled by.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the adapters' random initialisation.
     """
@@ -103,6 +105,7 @@ class DualSLMConfig(PreTrainedConfig):
         linguistic_ctc_vocab_size: int = 0,
         caption_template: str | None = None,
         attribute_labels: dict[str, list[str]] | None = None,
+        attribute_thresholds: dict[str, list[float]] | None = None,
         initializer_range: float = 0.02,
         **kwargs,
     ):
@@ -135,6 +138,7 @@ class DualSLMConfig(PreTrainedConfig):
         self.linguistic_ctc_vocab_size = linguistic_ctc_vocab_size
         self.caption_template = caption_template
         self.attribute_labels = attribute_labels
+        self.attribute_thresholds = attribute_thresholds
         self.initializer_range = initializer_range
         # Generation and the Trainer look for these on the outer config.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -142,6 +146,9 @@ class DualSLMConfig(PreTrainedConfig):
         if kwargs["pad_token_id"] is None:
             eos = kwargs["eos_token_id"]
             kwargs["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+        # pipeline(model=...) finds its task here; transformers has none of this name.
+        pipeline = {"impl": "processing_dual_slm.AudioTextToTextPipeline", "pt": ["AutoModelForMultimodalLM"]}
+        kwargs.setdefault("custom_pipelines", {"audio-text-to-text": pipeline | {"tf": [], "type": "multimodal"}})
         super().__init__(**kwargs)
         self._validate()
 

@@ -517,7 +517,9 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     f"backbones: make the model by from_backbones, or pass {name}=... here."
                 )
         if kwargs.pop("use_safetensors", True) is False:
-            raise ValueError("use_safetensors=False is refused: adapters are read from safetensors, never from pickles.")
+            raise ValueError(
+                "use_safetensors=False is refused: adapters are read from safetensors, never from pickles."
+            )
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -564,6 +566,7 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_features: torch.Tensor,
         input_features_mask: torch.Tensor | None = None,
         audio_num_chunks: torch.Tensor | None = None,
+        all_layers: bool | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The frozen encoder, then only its real frames, the chunks of a clip put together.
 
@@ -571,35 +574,32 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_features: (K, mel bins, F) log-mel.
             input_features_mask: (K, F), 1 at real frames. Default: all real.
             audio_num_chunks: (A,), chunks of each clip; they add up to K. Default: one each.
+            all_layers: return every layer or the last alone. Default: what the config's paralinguistic adapter reads.
 
         Returns:
-            (A, L, T, C) states of the encoder's layers (the last alone without a layer mix), zero past the end, and (A,)
-            real frames of each clip.
+            (A, L, T, C) float32 states of the encoder's layers, zero past the end, and (A,) real frames of each clip.
         """
         if input_features_mask is None:
             input_features_mask = input_features.new_ones(input_features.shape[0], input_features.shape[-1])
         parameter = next(self.audio_tower.parameters())
         features = input_features.to(parameter.device, parameter.dtype)
         mel_lengths = input_features_mask.to(parameter.device).sum(-1).long()
+        if all_layers is None:
+            all_layers = self.config.paralinguistic_layer_mix
         with torch.no_grad():
-            states = self._encode_whisper(features, mel_lengths).float()  # (K, L, T, C)
+            states = self._encode_whisper(features, mel_lengths, all_layers)  # (K, L, T, C)
         lengths = (mel_lengths + 1) // 2
-        if audio_num_chunks is None:
-            audio_num_chunks = torch.ones(len(lengths), dtype=torch.long)
-        counts = audio_num_chunks.tolist()
+        counts = [1] * len(lengths) if audio_num_chunks is None else audio_num_chunks.tolist()
         if sum(counts) != len(lengths):
             raise ValueError(f"audio_num_chunks adds up to {sum(counts)}, but there are {len(lengths)} chunks.")
-        clips = [
-            torch.cat([state[:, :length] for state, length in zip(chunk_states, chunk_lengths, strict=True)], dim=1)
-            for chunk_states, chunk_lengths in zip(states.split(counts), lengths.split(counts), strict=True)
-        ]
-        lengths = torch.tensor([clip.shape[1] for clip in clips], device=states.device)
-        padded = states.new_zeros(len(clips), states.shape[1], int(lengths.max()), states.shape[3])
-        for row, clip in zip(padded, clips, strict=True):
-            row[:, : clip.shape[1]] = clip
-        return padded, lengths
+        if max(counts) > 1:
+            states, lengths = _join_chunks(states, lengths, counts)
+        else:
+            states = states[:, :, : int(lengths.max())]
+        real = _length_mask(lengths, states.shape[2])[:, None, :, None]
+        return states.float().masked_fill(~real, 0.0), lengths
 
-    def _encode_whisper(self, features: torch.Tensor, mel_lengths: torch.Tensor) -> torch.Tensor:
+    def _encode_whisper(self, features: torch.Tensor, mel_lengths: torch.Tensor, all_layers: bool) -> torch.Tensor:
         """Whisper's encoder, layer by layer, so that a mask and a real length are possible. (K, mel, F) -> (K, L, T, C)."""
         encoder = self.audio_tower
         limit = 2 * encoder.config.max_source_positions
@@ -627,8 +627,8 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for layer in encoder.layers:
             states = layer(states, mask)
             outputs.append(states)
-        outputs[-1] = encoder.layer_norm(states)
-        return torch.stack(outputs if self.config.paralinguistic_layer_mix else outputs[-1:], dim=1)
+        states = encoder.layer_norm(states)
+        return torch.stack([*outputs[:-1], states], dim=1) if all_layers else states[:, None]
 
     def get_audio_features(
         self,
@@ -699,7 +699,10 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._check_placeholders("linguistic", int(what.sum()), needed)
         if needed:
             used = torch.cat(
-                [torch.arange(size, device=what.device) < length for size, length in zip(placeholders, lengths, strict=True)]
+                [
+                    torch.arange(size, device=what.device) < length
+                    for size, length in zip(placeholders, lengths, strict=True)
+                ]
             )
             kept = what.clone()
             kept[what] = used
@@ -803,6 +806,19 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ids = input_ids.masked_fill(input_ids >= self.get_input_embeddings().num_embeddings, 0).gather(1, order)
         embeds = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1]))
         return ids, embeds, attention_mask.gather(1, order)
+
+
+def _join_chunks(states: torch.Tensor, lengths: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The real frames of each clip's chunks one after the other: (K, L, T, C), (K,) -> (A, L, T', C), (A,)."""
+    clips = [
+        torch.cat([chunk[:, :length] for chunk, length in zip(group, sizes, strict=True)], dim=1)
+        for group, sizes in zip(states.split(counts), lengths.split(counts), strict=True)
+    ]
+    lengths = torch.tensor([clip.shape[1] for clip in clips], device=states.device)
+    joined = states.new_zeros(len(clips), states.shape[1], int(lengths.max()), states.shape[3])
+    for row, clip in zip(joined, clips, strict=True):
+        row[:, : clip.shape[1]] = clip
+    return joined, lengths
 
 
 def _load_audio_tower(model_id: str, **options) -> tuple[PreTrainedModel, PreTrainedConfig]:

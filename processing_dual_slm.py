@@ -90,7 +90,9 @@ def load_audio(audio, sampling_rate: int | None = None, target_rate: int = 16_00
         raise ValueError(f"{name}: a sampling rate of {rate} Hz is out of reason (1,000 to 768,000).")
     if rate != target_rate:
         if soxr is None:
-            raise ImportError(f"{name} has {rate} Hz and the model needs {target_rate}: `pip install soxr` to resample.")
+            raise ImportError(
+                f"{name} has {rate} Hz and the model needs {target_rate}: `pip install soxr` to resample."
+            )
         samples = soxr.resample(samples, rate, target_rate)
         if samples.size == 0:
             samples = np.zeros(1, np.float32)
@@ -382,7 +384,9 @@ class DualSLMProcessor(ProcessorMixin):
     def _refuse_placeholders(self, text: str) -> None:
         for token in (_AUDIO, self.paralinguistic_token, self.linguistic_token):
             if token in text:
-                raise ValueError(f"the text contains {token}, which is reserved for audio. Remove it from {text[:80]!r}.")
+                raise ValueError(
+                    f"the text contains {token}, which is reserved for audio. Remove it from {text[:80]!r}."
+                )
 
     def apply_chat_template(
         self,
@@ -490,7 +494,9 @@ class DualSLMProcessor(ProcessorMixin):
         if found != len(audio):
             raise ValueError(f"the text has {found} {_AUDIO} marks but there are {len(audio)} clips.")
         if sampling_rate is not None:
-            audio = [c if isinstance(c, (dict, tuple)) else {"audio": c, "sampling_rate": sampling_rate} for c in audio]
+            audio = [
+                c if isinstance(c, (dict, tuple)) else {"audio": c, "sampling_rate": sampling_rate} for c in audio
+            ]
         parts = [self._read_part(clip) for clip in audio]
         rendered = iter([self._render_clip(p, None if p["samples"] is None else len(p["samples"])) for p in parts])
         prompts = [re.sub(re.escape(_AUDIO), lambda _: next(rendered), prompt) for prompt in texts]
@@ -541,8 +547,8 @@ class DualSLMProcessor(ProcessorMixin):
 
 
 def nn_pad(feature: torch.Tensor, length: int) -> torch.Tensor:
-    """Zeros behind (mel bins, F) up to `length` frames."""
-    return torch.nn.functional.pad(feature, (0, length - feature.shape[1]))
+    """Zeros behind (..., F) up to `length` frames."""
+    return torch.nn.functional.pad(feature, (0, length - feature.shape[-1]))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -573,8 +579,8 @@ class DualSLMConversation:
         self.generation = {"max_new_tokens": 128, "do_sample": False} | generation
         self._features: list = []  # DualSLMAudioFeatures of the turns
         self._cache = DynamicCache(config=model.config.get_text_config())
-        self._cached: list[tuple[int, int]] = []  # what the cache holds, as (token, clip) pairs
-        self.last_turn: dict | None = None
+        self._cached: list[int] = []  # the tokens whose keys and values the cache holds
+        self.current_turn: dict | None = None  # what `stream` has heard, before the reply is complete
 
     def say(self, audio=None, text: str | None = None, **generation) -> dict:
         """One turn of the user, spoken, typed or both; returns `heard`, `attributes` and `reply`."""
@@ -582,7 +588,8 @@ class DualSLMConversation:
         return self._answer(turn, generation)
 
     def stream(self, audio=None, text: str | None = None, **generation) -> Iterator[str]:
-        """Like `say`, but yields the reply as it is written; `last_turn` has the whole turn afterwards."""
+        """Like `say`, but yields the reply as it is written; `current_turn` has what was heard at once and
+        the whole turn afterwards."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         turn = self._hear(audio, text)
         failure: list[BaseException] = []
@@ -607,7 +614,11 @@ class DualSLMConversation:
             raise ValueError("a turn needs audio, text or both.")
         content, turn = [], {"heard": None, "attributes": None}
         if audio is not None:
-            part = audio if isinstance(audio, dict) and audio.get("type") == "audio" else {"type": "audio", "audio": audio}
+            part = (
+                audio
+                if isinstance(audio, dict) and audio.get("type") == "audio"
+                else {"type": "audio", "audio": audio}
+            )
             inputs = self.processor(text=_AUDIO, audio=[part], add_special_tokens=False)
             features = None
             if "input_features" in inputs:
@@ -621,6 +632,7 @@ class DualSLMConversation:
         if text is not None:
             content.append({"type": "text", "text": text})
         self.messages.append({"role": "user", "content": content})
+        self.current_turn = turn
         return turn
 
     def _prompt(self) -> torch.Tensor:
@@ -636,17 +648,25 @@ class DualSLMConversation:
         )["input_ids"].to(self.model.get_input_embeddings().weight.device)
 
     def _answer(self, turn: dict, generation: dict) -> dict:
-        options = self.generation | generation
+        try:
+            turn["reply"] = self._generate(self.generation | generation)
+        except BaseException:
+            message = self.messages.pop()  # as if the turn had not been
+            if any(part["type"] == "audio" for part in message["content"]):
+                self._features.pop()
+            raise
+        self.messages.append({"role": "assistant", "content": turn["reply"]})
+        return turn
+
+    def _generate(self, options: dict) -> str:
         model, prompt = self.model, self._prompt()
         parts = [part for part in self._features if part is not None]
         audio = type(parts[0]).concatenate(parts) if parts else None
         _, attention_mask = model.merge_audio(prompt, None, audio)
-        # A placeholder is the same as before only if its clip is: count the clips begun before each position.
-        kept = attention_mask[0].bool()
-        tokens = prompt[0][kept].tolist()
+        # The conversation only grows, so equal placeholders at equal places are the same clip's.
+        tokens = prompt[0][attention_mask[0].bool()].tolist()
         limit = model.config.get_text_config().max_position_embeddings
         if len(tokens) + options["max_new_tokens"] > limit:
-            self.messages.pop()
             raise ValueError(
                 f"the conversation is {len(tokens)} tokens long; with {options['max_new_tokens']} new ones it passes the "
                 f"LLM's {limit}. Start a new conversation."
@@ -658,16 +678,12 @@ class DualSLMConversation:
             shared += 1
         if shared < self._cache.get_seq_length():
             self._cache.crop(shared - self._cache.get_seq_length())
-        output = model.generate(
-            input_ids=prompt, audio_features=audio, past_key_values=self._cache, **options
-        )
+        self._cached = self._cached[:shared]
+        output = model.generate(input_ids=prompt, audio_features=audio, past_key_values=self._cache, **options)
         reply = output[0, prompt.shape[1] :]
         # The cache holds the prompt and what was generated, but for the last token, which was never fed back.
         self._cached = (tokens + reply.tolist())[: self._cache.get_seq_length()]
-        turn["reply"] = self.processor.decode(reply, skip_special_tokens=True).strip()
-        self.messages.append({"role": "assistant", "content": turn["reply"]})
-        self.last_turn = turn
-        return turn
+        return self.processor.decode(reply, skip_special_tokens=True).strip()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -676,10 +692,45 @@ class DualSLMConversation:
 
 
 class AudioTextToTextPipeline(AnyToAnyPipeline):
-    """`pipeline("audio-text-to-text")`: chats with spoken turns in, text out."""
+    """`pipeline("audio-text-to-text")`: chats with spoken turns in, text out.
+
+    Any `batch_size` works, whatever the chats' lengths and numbers of clips: `AnyToAnyPipeline` batches by stacking every
+    input along the rows, but audio has one row for each chunk of each clip.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.feature_extractor = None  # the stock batching would compare its padding side with the tokenizer's
+        # pipeline() has put classes in the place of their names, which no config.json can hold.
+        for task in getattr(self.model.config, "custom_pipelines", {}).values():
+            task["pt"] = [getattr(entry, "__name__", entry) for entry in task["pt"]]
 
     def check_model_type(self, supported_models) -> None:
         pass  # this class is registered by the checkpoint itself, for its own model
+
+    def preprocess(self, inputs=None, **options) -> dict:
+        return {"item": super().preprocess(inputs, **options)}  # no tensor, so that stock batching makes a plain list
+
+    def _forward(self, model_inputs, **options) -> dict:
+        items = model_inputs["item"]
+        if not isinstance(items, list):
+            return super()._forward(items, **options)
+        width = max(item["input_ids"].shape[1] for item in items)
+        fill = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0}
+        batch = {
+            name: torch.cat(
+                [torch.nn.functional.pad(i[name], (width - i[name].shape[1], 0), value=value) for i in items]
+            )
+            for name, value in fill.items()
+        }
+        heard = [item for item in items if "input_features" in item]
+        if heard:
+            frames = max(item["input_features"].shape[-1] for item in heard)
+            for name in ("input_features", "input_features_mask"):
+                batch[name] = torch.cat([nn_pad(item[name], frames) for item in heard])
+            for name in ("audio_num_chunks", "audio_branches"):
+                batch[name] = torch.cat([item[name] for item in heard])
+        return super()._forward({**batch, "text": [item["text"] for item in items]}, **options)
 
 
 DualSLMProcessor.register_for_auto_class()

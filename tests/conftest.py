@@ -7,6 +7,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import numpy as np
 import pytest
 import torch
+from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
+from dual_slm.configuration_dual_slm import WARM_START_ADAPTERS
+from dual_slm.processing_dual_slm import CaptionSlots
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -16,10 +19,6 @@ from transformers import (
     WhisperFeatureExtractor,
     WhisperModel,
 )
-
-from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
-from dual_slm.configuration_dual_slm import WARM_START_ADAPTERS
-from dual_slm.processing_dual_slm import CaptionSlots
 
 torch.set_num_threads(2)
 
@@ -41,7 +40,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    text = "the quick brown fox jumps over the lazy dog and says hello to a female voice, a sad male voice, happy emotion"
+    text = (
+        "the quick brown fox jumps over the lazy dog and says hello to a female voice, a sad male voice, happy emotion"
+    )
     tokenizer.train_from_iterator([text] * 4, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
@@ -123,9 +124,7 @@ def make_model(backbones: tuple[str, str], **fields) -> tuple[DualSLMForConditio
         with torch.no_grad():  # random outputs that change from frame to frame, and a blank that wins sometimes
             model.linguistic_adapter.linear_2.weight.normal_(std=0.5)
             model.linguistic_adapter.soft_tokens.blank.normal_(std=0.6)
-    processor = DualSLMProcessor.from_config(
-        model.config, WhisperFeatureExtractor.from_pretrained(audio), tokenizer
-    )
+    processor = DualSLMProcessor.from_config(model.config, WhisperFeatureExtractor.from_pretrained(audio), tokenizer)
     return model, processor
 
 
@@ -150,4 +149,6 @@ def tone(seconds: float, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     time = np.arange(int(seconds * 16_000)) / 16_000
     pitch = 120 + 80 * rng.random() + 40 * np.sin(2 * np.pi * (0.5 + rng.random()) * time)
-    return (0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / 16_000) + 0.02 * rng.standard_normal(len(time))).astype(np.float32)
+    return (0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / 16_000) + 0.02 * rng.standard_normal(len(time))).astype(
+        np.float32
+    )

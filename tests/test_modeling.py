@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, tone
-from transformers import AutoModel, AutoModelForCausalLM
-
 from dual_slm import DualSLMConversation
 from dual_slm.modeling_dual_slm import masked_adaptive_average
+from transformers import AutoModel, AutoModelForCausalLM
 
 
 def spoken(seconds: float, seed: int = 0, text: str | None = None, **sources) -> dict:
@@ -192,7 +191,7 @@ def test_masked_adaptive_average_equals_torchs_on_each_length():
 
 def test_ctc_compression_drops_blanks_and_merges_repeats(warm):
     """Against the definition, on outputs that point at embedding rows: a a _ a b b _ -> a a b."""
-    model, processor = warm
+    model, _ = warm
     soft, embedding = model.linguistic_adapter.soft_tokens, model.get_input_embeddings()
     rows = soft.rows(embedding).detach()
     blank = soft.blank.detach()
@@ -216,7 +215,7 @@ def test_long_audio_is_encoded_whole(tiny):
         inputs = prepare(processor, [{"role": "user", "content": [{"type": "audio", "audio": samples}]}])
         assert inputs["audio_num_chunks"].tolist() == [3]
         with torch.inference_mode():
-            states, lengths = model.encode_audio(
+            _, lengths = model.encode_audio(
                 inputs["input_features"], inputs["input_features_mask"], inputs["audio_num_chunks"]
             )
             outputs.append(model(**inputs).logits[0, -1])
@@ -260,4 +259,4 @@ def test_streaming_yields_the_same_text_piece_by_piece(warm):
     said = DualSLMConversation(model, processor, max_new_tokens=12).say(audio=tone(1.0, 1), text="the fox")["reply"]
     conversation = DualSLMConversation(model, processor, max_new_tokens=12)
     pieces = list(conversation.stream(audio=tone(1.0, 1), text="the fox"))
-    assert "".join(pieces).strip() == said == conversation.last_turn["reply"]
+    assert "".join(pieces).strip() == said == conversation.current_turn["reply"]

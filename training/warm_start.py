@@ -213,7 +213,9 @@ def caption_targets(cache: FeatureCache, processor: DualSLMProcessor, thresholds
     for index, row in enumerate(cache.rows):
         values = dict(zip(("pitch", "energy", "tempo"), cache.get(index, "measured").tolist(), strict=True))
         measured = classify({k: None if math.isnan(v) else v for k, v in values.items()}, thresholds)
-        targets.append(processor.caption_slots.targets({"gender": row["gender"], "emotion": row["emotion"], **measured}))
+        targets.append(
+            processor.caption_slots.targets({"gender": row["gender"], "emotion": row["emotion"], **measured})
+        )
     return torch.tensor(targets)
 
 

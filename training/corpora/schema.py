@@ -48,7 +48,9 @@ def read_folder(root: str | Path, allow_missing_audio: bool = False) -> list[dic
     root = Path(root)
     table = root / "metadata.jsonl"
     if not table.is_file():
-        raise FileNotFoundError(f"{table} does not exist: a corpus folder holds metadata.jsonl beside its audio files.")
+        raise FileNotFoundError(
+            f"{table} does not exist: a corpus folder holds metadata.jsonl beside its audio files."
+        )
     rows, missing, seen = [], [], set()
     for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -66,7 +68,9 @@ def read_folder(root: str | Path, allow_missing_audio: bool = False) -> list[dic
         row["audio"] = str(root / file)
         row["transcript"] = _first(record, _TEXT_KEYS)
         if row["split"] not in SPLITS:
-            raise ValueError(f"{table}, line {number}: split is {row['split']!r}; it must be one of {', '.join(SPLITS)}.")
+            raise ValueError(
+                f"{table}, line {number}: split is {row['split']!r}; it must be one of {', '.join(SPLITS)}."
+            )
         if row["id"] in seen:
             raise ValueError(f"{table}, line {number}: the id {row['id']!r} was used before.")
         seen.add(row["id"])
