@@ -22,8 +22,8 @@ class DualSLMConfig(PreTrainedConfig):
             Hash over names, shapes and sampled values of a backbone's tensors. `from_pretrained` refuses any other
             backbone: adapters are meaningless without the very weights they were trained on.
         paralinguistic_token_id, linguistic_token_id (`int`, *optional*):
-            Placeholders that the embeddings of the adapters replace. They lie past the LLM's last token; its embedding
-            matrix is never resized. Default: the first two ids past the vocabulary.
+            Placeholders that the embeddings of the adapters replace. They lie past the tokenizer's last token; the LLM's
+            embedding matrix is never resized. Default: the first two ids past the vocabulary.
         encoder_padding (`str`, defaults to `"max_length"`):
             `"max_length"` encodes every clip padded to 30 s, as Whisper was trained; `"real"` encodes its real length
             with a mask, which costs a 4 s clip an eighth. Either way only real frames reach the adapters. Features
@@ -168,6 +168,13 @@ class DualSLMConfig(PreTrainedConfig):
                 f"{self.paralinguistic_num_heads}."
             )
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        for side in ("audio", "text"):  # a backbone from another repository has no commit of the first one
+            if f"{side}_model_id" in kwargs:
+                kwargs.setdefault(f"{side}_model_revision", None)
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def audio_hidden_size(self) -> int:
         """Width of the speech encoder."""
@@ -190,6 +197,10 @@ class DualSLMConfig(PreTrainedConfig):
         text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
         text |= {"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643}
         values = {"text_config": text, "text_model_id": "Qwen/Qwen2.5-7B-Instruct"}
+        values |= {
+            "paralinguistic_token_id": 151665,
+            "linguistic_token_id": 151666,
+        }  # its tokenizer ends before its matrix
         return cls(**(_WHISPER_LARGE_V3 | values | overrides))
 
     @classmethod
@@ -230,7 +241,7 @@ WARM_START_ADAPTERS = {
     "paralinguistic_slot_vectors": True,
     "paralinguistic_layer_mix": True,
     "paralinguistic_hidden_size": 512,
-    "paralinguistic_soft_vocab_size": 28,
+    "paralinguistic_soft_vocab_size": 23,
     "linguistic_downsample_rate": 2,
     "linguistic_hidden_size": 2048,
     "linguistic_dropout": 0.25,

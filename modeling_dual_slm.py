@@ -13,10 +13,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput, cached_file, logging
+from transformers.utils.hub import extract_commit_hash
 
 from .configuration_dual_slm import DualSLMConfig
 
@@ -457,16 +465,25 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             adapter_fields: fields of [`DualSLMConfig`].
         """
         options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
+        # A branch moves: what is loaded, hashed and written into the config is one commit.
+        audio_revision = _commit(audio_model_id, audio_revision)
+        text_revision = _commit(text_model_id, text_revision)
         audio_tower, audio_config = _load_audio_tower(audio_model_id, revision=audio_revision, **options)
         language_model = _load_language_model(text_model_id, revision=text_revision, **options)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(text_model_id), revision=text_revision)
+        adapter_fields = {
+            "paralinguistic_token_id": len(tokenizer),
+            "linguistic_token_id": len(tokenizer) + 1,
+            **adapter_fields,
+        }
         config = DualSLMConfig(
             audio_config=audio_config.to_dict(),  # copies: a composite model writes into its sub-configs
             text_config=language_model.config.to_dict(),
             audio_model_id=audio_model_id,
-            audio_model_revision=getattr(audio_config, "_commit_hash", None),
+            audio_model_revision=audio_revision,
             audio_model_fingerprint=fingerprint(resolve_backbone(audio_model_id), revision=audio_revision),
             text_model_id=text_model_id,
-            text_model_revision=getattr(language_model.config, "_commit_hash", None),
+            text_model_revision=text_revision,
             text_model_fingerprint=fingerprint(resolve_backbone(text_model_id), revision=text_revision),
             **adapter_fields,
         )
@@ -510,6 +527,7 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for name in ("audio_model_id", "text_model_id"):
             if name in kwargs:
                 setattr(config, name, kwargs.pop(name))
+                setattr(config, name.replace("_id", "_revision"), None)  # a commit of the other repository
         for name in ("audio_model_id", "text_model_id"):
             if getattr(config, name) is None:
                 raise ValueError(
@@ -686,7 +704,7 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        how, what = input_ids == self.config.paralinguistic_token_id, input_ids == self.config.linguistic_token_id
+        how, what = self._placeholders(input_ids)
         embeds = self.get_input_embeddings()(input_ids.masked_fill(how | what, 0))
         audio = audio or DualSLMAudioFeatures()
         needed = 0 if audio.paralinguistic_embeds is None else audio.paralinguistic_embeds.shape[:2].numel()
@@ -709,6 +727,10 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             embeds = embeds.masked_scatter(kept[..., None], audio.linguistic_embeds.to(embeds))
             attention_mask = attention_mask.masked_fill(what & ~kept, 0)
         return embeds, attention_mask
+
+    def _placeholders(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the paralinguistic and where the linguistic placeholders are."""
+        return input_ids == self.config.paralinguistic_token_id, input_ids == self.config.linguistic_token_id
 
     @staticmethod
     def _check_placeholders(branch: str, found: int, needed: int) -> None:
@@ -803,7 +825,8 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeds, attention_mask = self.merge_audio(input_ids, attention_mask, audio)
         length = int(attention_mask.sum(-1).max())
         order = attention_mask.argsort(dim=-1, stable=True)[:, -length:]
-        ids = input_ids.masked_fill(input_ids >= self.get_input_embeddings().num_embeddings, 0).gather(1, order)
+        how, what = self._placeholders(input_ids)
+        ids = input_ids.masked_fill(how | what, 0).gather(1, order)
         embeds = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1]))
         return ids, embeds, attention_mask.gather(1, order)
 
@@ -819,6 +842,11 @@ def _join_chunks(states: torch.Tensor, lengths: torch.Tensor, counts: list[int])
     for row, clip in zip(joined, clips, strict=True):
         row[:, : clip.shape[1]] = clip
     return joined, lengths
+
+
+def _commit(model_id: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag of a backbone on the Hub points to; `None` for a folder."""
+    return extract_commit_hash(cached_file(resolve_backbone(model_id), "config.json", revision=revision), None)
 
 
 def _load_audio_tower(model_id: str, **options) -> tuple[PreTrainedModel, PreTrainedConfig]:

@@ -709,6 +709,8 @@ class AudioTextToTextPipeline(AnyToAnyPipeline):
         pass  # this class is registered by the checkpoint itself, for its own model
 
     def preprocess(self, inputs=None, **options) -> dict:
+        if isinstance(inputs, dict):  # text that is no chat comes with images=None and videos=None
+            inputs = {name: value for name, value in inputs.items() if value is not None}
         return {"item": super().preprocess(inputs, **options)}  # no tensor, so that stock batching makes a plain list
 
     def _forward(self, model_inputs, **options) -> dict:

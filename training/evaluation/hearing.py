@@ -187,10 +187,18 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--split", default="test", choices=["validation", "test"])
+    parser.add_argument(
+        "--encoder-padding",
+        choices=["max_length", "real"],
+        default=None,
+        help="encode otherwise than the checkpoint was trained, to see what that costs",
+    )
     parser.add_argument("--out", type=Path, default=None, help="write the figures as JSON")
     args = parser.parse_args()
     model = AutoModelForMultimodalLM.from_pretrained(args.checkpoint)
     processor = AutoProcessor.from_pretrained(args.checkpoint)
+    if args.encoder_padding is not None:
+        model.config.encoder_padding = processor.encoder_padding = args.encoder_padding
     thresholds = Thresholds(**(model.config.attribute_thresholds or {}))
     whisper = resolve_backbone(model.config.audio_model_id)
     result = evaluate_hearing(model, processor, args.data, thresholds, whisper, args.split)

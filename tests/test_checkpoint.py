@@ -1,0 +1,112 @@
+"""The released checkpoint as a user meets it: the command line and fresh processes on a real recorded clip."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from dual_slm.modeling_dual_slm import resolve_backbone
+from dual_slm.training.backbones import DEMO_CLIP, DEMO_TRANSCRIPT
+from dual_slm.training.cli import main
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
+
+CHECKPOINT = Path(__file__).parent.parent / "model_cards" / "dual-slm-smollm2-135m"
+
+
+@pytest.fixture(scope="module")
+def released():
+    return AutoModelForMultimodalLM.from_pretrained(CHECKPOINT), AutoProcessor.from_pretrained(CHECKPOINT)
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "dual_slm.training.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+def words(text: str) -> set[str]:
+    return set("".join(c for c in text.lower() if c.isalpha() or c == " ").split())
+
+
+def test_reply_hears_the_clip_and_answers():
+    result = run("reply", str(DEMO_CLIP), str(DEMO_CLIP), "--json", "--max-new-tokens", "12")
+    assert result.returncode == 0, result.stderr
+    turns = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(turns) == 2
+    for turn in turns:
+        said = words(DEMO_TRANSCRIPT.read_text())
+        assert len(said & words(turn["heard"])) >= 0.6 * len(said), turn["heard"]
+        assert turn["attributes"]["gender"] == "male"
+        assert set(turn["attributes"]) == {"gender", "pitch", "tempo", "energy", "emotion"}
+        assert turn["reply"]
+        assert turn["seconds"] > 0
+
+
+def test_reply_prints_for_people_and_takes_a_typed_conversation():
+    result = run("reply", "--max-new-tokens", "8", input=f"{DEMO_CLIP}\nHello!\nmissing.wav\n\n")
+    assert result.returncode == 0, result.stderr
+    assert "heard" in result.stdout
+    assert "attributes  gender male" in result.stdout
+    assert result.stdout.count("reply  ") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reply", "missing.wav"], "missing.wav: no such file"),
+        (["reply", str(Path(__file__))], "is not audio that libsndfile reads"),
+        (["reply", str(DEMO_CLIP), "--model", "no-such-folder"], "no-such-folder"),
+        (["backbones", "whisper-huge"], "unknown backbone 'whisper-huge'"),
+        (["push", "tests", "--repo", "me/x"], "tests is no checkpoint"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_1(arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.startswith("dual-slm ")
+    assert "Traceback" not in error
+
+
+def test_the_checkpoint_is_small_and_holds_adapters_only():
+    assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*")) < 20_000_000
+    with safe_open(CHECKPOINT / "model.safetensors", framework="pt") as tensors:
+        assert {key.split(".")[0] for key in tensors.keys()} == {"linguistic_adapter", "paralinguistic_adapter"}  # noqa: SIM118
+    assert not list(CHECKPOINT.glob("*.bin"))
+
+
+def test_real_backbones_equal_a_plain_load_and_text_is_the_bare_llm(released):
+    model, processor = released
+    llm = AutoModelForCausalLM.from_pretrained(resolve_backbone("smollm2-135m-instruct"))
+    encoder = AutoModel.from_pretrained(resolve_backbone("whisper-base")).get_encoder()
+    for ours, plain in ((model.language_model, llm), (model.audio_tower, encoder)):
+        expected = dict(plain.named_parameters()) | dict(plain.named_buffers())
+        actual = dict(ours.named_parameters()) | dict(ours.named_buffers())
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    chats = [[{"role": "user", "content": "Tell me a story."}], [{"role": "user", "content": "What is a fox?"}]]
+    inputs = processor.apply_chat_template(chats, tokenize=True, return_dict=True, add_generation_prompt=True)
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs).logits, llm(**inputs).logits)
+
+
+def test_the_quickstart_of_the_readme_runs_as_written(tmp_path):
+    """In a process of its own, in the repository's folder, with the remote code of the checkpoint."""
+    readme = (CHECKPOINT.parent.parent / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    environment = os.environ | {"HF_HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=CHECKPOINT.parent.parent,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "male" in result.stdout

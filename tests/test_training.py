@@ -1,0 +1,218 @@
+"""The warm start's parts, and the tables and voices it learns from."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import LABELS, make_model, tone
+from dual_slm.training.attributes import Thresholds, classify, measure
+from dual_slm.training.corpora.schema import read_folder
+from dual_slm.training.corpora.synthesis import degrade, span
+from dual_slm.training.features import FeatureCache, load_row
+from dual_slm.training.warm_start import (
+    Speller,
+    batches_by_length,
+    caption_targets,
+    normalize,
+    train_linguistic,
+    train_paralinguistic,
+)
+
+
+def write_corpus(root, clips: dict[str, dict]) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, row in clips.items():
+        samples = row.pop("samples")
+        if samples is not None:
+            soundfile.write(root / name, samples, 16_000)
+        lines.append(json.dumps({"file": name, **row}))
+    (root / "metadata.jsonl").write_text("\n".join(lines))
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_have_the_schema_and_unknowns_are_none(tmp_path):
+    write_corpus(
+        tmp_path, {"a.wav": {"samples": tone(0.2), "text": "the fox", "split": "train", "intensity": "strong"}}
+    )
+    (row,) = read_folder(tmp_path)
+    assert row["transcript"] == "the fox"
+    assert row["audio"] == str(tmp_path / "a.wav")
+    assert row["emotion"] is None
+    assert "intensity" not in row
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: not JSON"),
+        ('{"text": "x", "split": "train"}', "line 1: names no audio file"),
+        ('{"file": "a.wav", "split": "dev"}', "split is 'dev'"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        read_folder(tmp_path)
+
+
+def test_missing_audio_is_counted_not_skipped(tmp_path):
+    write_corpus(
+        tmp_path,
+        {"a.wav": {"samples": tone(0.2), "split": "train"}, "b.wav": {"samples": None, "split": "test"}},
+    )
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 audio files are missing, the first is .*b\.wav"):
+        read_folder(tmp_path)
+    rows = read_folder(tmp_path, allow_missing_audio=True)
+    assert [row["audio"] is None for row in rows] == [False, True]
+
+
+# ---- attributes ------------------------------------------------------------------------------------------------------
+
+
+def test_pitch_energy_and_tempo_of_a_known_voice():
+    """A 150 Hz pulse train of known power, one second within silence, over four words."""
+    time = np.arange(16_000) / 16_000
+    voice = sum(np.sin(2 * np.pi * 150 * k * time) / k for k in range(1, 12)).astype(np.float32)
+    voice *= 0.1 / np.sqrt((voice**2).mean())
+    clip = np.concatenate([np.zeros(8_000), voice, np.zeros(8_000)]).astype(np.float32)
+    measured = measure(clip, 16_000, "one two three four")
+    assert measured["pitch"] == pytest.approx(150, abs=3)
+    assert measured["energy"] == pytest.approx(0.05, rel=0.1)  # half of the clip is silent
+    assert measured["tempo"] == pytest.approx(0.25, rel=0.15)
+    assert measure(np.zeros(16_000, np.float32), 16_000, "word")["pitch"] is None
+    assert measure(voice, 16_000)["tempo"] is None
+
+
+def test_classes_follow_the_published_borders():
+    thresholds = Thresholds()
+    low = classify({"pitch": 120.0, "energy": 0.02, "tempo": 0.2}, thresholds)
+    high = classify({"pitch": 220.0, "energy": 0.06, "tempo": 0.5}, thresholds)
+    assert low == {"pitch": "low", "energy": "low", "tempo": "fast"}
+    assert high == {"pitch": "high", "energy": "high", "tempo": "slow"}
+    assert classify({"pitch": 150.0, "energy": 0.04, "tempo": None}, thresholds) == {
+        "pitch": "normal",
+        "energy": "normal",
+        "tempo": None,
+    }
+
+
+# ---- synthesis -------------------------------------------------------------------------------------------------------
+
+
+def test_degraded_audio_is_a_function_of_its_seed_and_never_clips():
+    for seed in range(12):
+        first, again = (degrade(tone(0.5), np.random.default_rng(seed)) for _ in range(2))
+        assert np.array_equal(first, again)
+        assert np.abs(first).max() <= 1
+    assert not np.array_equal(first, degrade(tone(0.5), np.random.default_rng(99)))
+
+
+def test_spans_are_runs_of_the_sentence():
+    sentence = "one two three four five six seven eight nine ten"
+    rng = np.random.default_rng(0)
+    spans = [span(sentence, rng, 2, 5) for _ in range(50)]
+    assert all(part in sentence and 2 <= len(part.split()) <= 5 for part in spans)
+    assert len(set(spans)) > 10
+
+
+def test_augmented_copies_differ_and_repeat(tmp_path):
+    write_corpus(tmp_path, {"a.wav": {"samples": tone(0.5), "split": "train"}})
+    (row,) = read_folder(tmp_path)
+    first, second = load_row(row | {"augment": 1}), load_row(row | {"augment": 2})
+    assert np.array_equal(first, load_row(row | {"augment": 1}))
+    assert len(first) != len(second)
+    np.testing.assert_allclose(load_row(row), tone(0.5), atol=1e-4)
+
+
+# ---- spelling and batches --------------------------------------------------------------------------------------------
+
+
+def test_words_are_spelled_exactly_by_few_or_many_pieces(warm):
+    _, processor = warm
+    words = {"the": 9, "quick": 5, "brown": 4, "fox": 4, "lazy": 2, "dog": 2, "emotion": 1}
+    for size in (60, 90):
+        speller = Speller(processor.tokenizer, words, size)
+        assert len(speller.token_ids) == len(set(speller.token_ids)) <= size
+        for word in [*words, "zebra", "it's"]:
+            tokens = [speller.token_ids[i] for i in speller.spell(word)]
+            assert processor.tokenizer.decode(tokens) == " " + word
+    few, many = (Speller(processor.tokenizer, words, size) for size in (58, 120))
+    assert len(many("the quick brown fox")) < len(few("the quick brown fox"))
+
+
+def test_only_what_can_be_heard_is_spelled():
+    assert normalize("“Well,” she said: it’s TWENTY-SEVEN … o'clock!") == [
+        "well",
+        "she",
+        "said",
+        "it's",
+        "twenty",
+        "seven",
+        "o'clock",
+    ]
+
+
+def test_batches_hold_every_clip_once_an_epoch_within_the_limit():
+    lengths = np.random.default_rng(1).integers(5, 200, 300).tolist()
+    batches = batches_by_length(lengths, 1_000, np.random.default_rng(0))
+    seen = []
+    while len(seen) < 300:
+        batch = next(batches)
+        assert max(lengths[i] for i in batch) * len(batch) <= 1_000
+        seen += batch
+    assert sorted(seen) == list(range(300))
+
+
+# ---- warm start ------------------------------------------------------------------------------------------------------
+
+
+def test_the_warm_start_teaches_both_adapters_and_no_backbone(tiny_backbones, tmp_path):
+    """Two voices with two sentences: after training both are heard, read from the cache as from the audio."""
+    model, processor = make_model(tiny_backbones, kind="warm", encoder_padding="real", linguistic_dropout=0.0)
+    voices = {"low.wav": ("female", "sad", "the fox"), "high.wav": ("male", "happy", "lazy dog")}
+    clips = {
+        name: {"samples": tone(1.5, seed), "text": text, "gender": gender, "emotion": emotion, "split": "train"}
+        for seed, (name, (gender, emotion, text)) in enumerate(voices.items())
+    }
+    write_corpus(tmp_path / "corpus", clips)
+    rows = read_folder(tmp_path / "corpus")
+    before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+
+    speller = Speller(processor.tokenizer, {"the": 3, "fox": 2, "lazy": 2, "dog": 2}, 60)
+    frames = FeatureCache(tmp_path / "cache", rows, "frames", model.config).build(model, processor)
+    train_linguistic(model, frames, speller, 150, learning_rate=1e-2, warmup=5)
+    pooled = FeatureCache(tmp_path / "cache", rows, "pooled", model.config).build(model, processor)
+    targets = caption_targets(pooled, processor, Thresholds())
+    train_paralinguistic(model, pooled, targets, 150, batch_size=8)
+
+    for row in rows:
+        inputs = processor.extract_features([load_row(row)])
+        with torch.inference_mode():
+            (heard,) = processor.decode_audio(model.get_audio_features(**inputs))
+        assert heard["heard"] == row["transcript"]
+        for name in LABELS:
+            assert max(heard["attributes"][name], key=heard["attributes"][name].get) == row[name]
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_feature_cache_goes_on_where_it_stopped(tiny_backbones, tmp_path):
+    model, processor = make_model(tiny_backbones, kind="warm")
+    clips = {f"{i}.wav": {"samples": tone(0.3 + 0.1 * i, i), "text": "fox", "split": "train"} for i in range(5)}
+    write_corpus(tmp_path / "corpus", clips)
+    rows = read_folder(tmp_path / "corpus")
+    whole = FeatureCache(tmp_path / "a", rows, "frames", model.config).build(model, processor, shard=2)
+    part = FeatureCache(tmp_path / "b", rows, "frames", model.config).build(model, processor, shard=2)
+    (part.folder / "00001.safetensors").unlink()
+    (part.folder / "00002.part").write_bytes(b"half a shard")
+    times = {path.name: path.stat().st_mtime_ns for path in part.folder.glob("*.safetensors")}
+    part = FeatureCache(tmp_path / "b", rows, "frames", model.config).build(model, processor, shard=2)
+    for name, time in times.items():
+        assert (part.folder / name).stat().st_mtime_ns == time
+    for index in range(5):
+        assert torch.equal(whole.get(index, "frames"), part.get(index, "frames"))
