@@ -7,6 +7,8 @@ L encoder layers read, C the encoder's width, N `num_paralinguistic_tokens`, D t
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -523,7 +525,8 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not isinstance(config, PreTrainedConfig):
             source = config if config is not None else pretrained_model_name_or_path
             places = {k: kwargs[k] for k in ("revision", "subfolder") if kwargs.get(k) is not None}
-            config = cls.config_class.from_pretrained(source, **hub_kwargs, **places)
+            with _name_in_errors(source):
+                config = cls.config_class.from_pretrained(source, **hub_kwargs, **places)
         for name in ("audio_model_id", "text_model_id"):
             if name in kwargs:
                 setattr(config, name, kwargs.pop(name))
@@ -844,21 +847,35 @@ def _join_chunks(states: torch.Tensor, lengths: torch.Tensor, counts: list[int])
     return joined, lengths
 
 
+@contextmanager
+def _name_in_errors(model_id) -> Iterator[None]:
+    """An unreachable Hub is reported by transformers without a word on what was asked of it."""
+    try:
+        yield
+    except OSError as error:
+        if str(model_id) in str(error):
+            raise
+        raise OSError(f"{model_id} could not be loaded: {error}") from error
+
+
 def _commit(model_id: str, revision: str | None) -> str | None:
     """The commit that a branch or tag of a backbone on the Hub points to; `None` for a folder."""
-    return extract_commit_hash(cached_file(resolve_backbone(model_id), "config.json", revision=revision), None)
+    with _name_in_errors(model_id):
+        return extract_commit_hash(cached_file(resolve_backbone(model_id), "config.json", revision=revision), None)
 
 
 def _load_audio_tower(model_id: str, **options) -> tuple[PreTrainedModel, PreTrainedConfig]:
     options = {name: value for name, value in options.items() if value is not None}
     options.pop("quantization_config", None)  # the encoder is small and its features are what the adapters know
-    model = AutoModel.from_pretrained(resolve_backbone(model_id), use_safetensors=True, **options)
+    with _name_in_errors(model_id):
+        model = AutoModel.from_pretrained(resolve_backbone(model_id), use_safetensors=True, **options)
     return (model.get_encoder() if model.config.is_encoder_decoder else model), model.config
 
 
 def _load_language_model(model_id: str, **options) -> PreTrainedModel:
     options = {name: value for name, value in options.items() if value is not None}
-    return AutoModelForCausalLM.from_pretrained(resolve_backbone(model_id), use_safetensors=True, **options)
+    with _name_in_errors(model_id):
+        return AutoModelForCausalLM.from_pretrained(resolve_backbone(model_id), use_safetensors=True, **options)
 
 
 def _refuse_wrong_keys(name: str, info: dict) -> None:

@@ -8,7 +8,7 @@ from threading import Thread
 
 import numpy as np
 import torch
-from transformers import BatchFeature, DynamicCache, ProcessorMixin, TextIteratorStreamer
+from transformers import BatchFeature, DynamicCache, GenerationConfig, ProcessorMixin, TextIteratorStreamer
 from transformers.pipelines.any_to_any import AnyToAnyPipeline
 from transformers.utils import logging
 
@@ -237,6 +237,8 @@ class DualSLMProcessor(ProcessorMixin):
         self.linguistic_token = linguistic_token
         self.caption_slots = None
         if tokenizer is not None:
+            if tokenizer.pad_token is None:  # Llama 3: what fills up a batch is masked anyway
+                tokenizer.pad_token = tokenizer.eos_token
             tokenizer.add_tokens([paralinguistic_token, linguistic_token], special_tokens=True)
             self.paralinguistic_token_id = tokenizer.convert_tokens_to_ids(paralinguistic_token)
             self.linguistic_token_id = tokenizer.convert_tokens_to_ids(linguistic_token)
@@ -707,6 +709,12 @@ class AudioTextToTextPipeline(AnyToAnyPipeline):
 
     def check_model_type(self, supported_models) -> None:
         pass  # this class is registered by the checkpoint itself, for its own model
+
+    def _sanitize_parameters(self, generate_kwargs: dict | None = None, **options) -> tuple[dict, dict, dict]:
+        # Bare options of generation would end in the chat template, where nothing reads them.
+        known = vars(GenerationConfig()).keys() - {"max_new_tokens"}
+        bare = {name: options.pop(name) for name in known & options.keys()}
+        return super()._sanitize_parameters(generate_kwargs={**bare, **(generate_kwargs or {})}, **options)
 
     def preprocess(self, inputs=None, **options) -> dict:
         if isinstance(inputs, dict):  # text that is no chat comes with images=None and videos=None

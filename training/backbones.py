@@ -98,10 +98,12 @@ def read_ctranslate2(data: bytes) -> dict[str, torch.Tensor]:
             array = np.frombuffer(data, dtype, count=size // np.dtype(dtype).itemsize, offset=position)
             variables[name] = torch.from_numpy(array.reshape(shape).astype(np.float32))
             position += size
-        aliases = [(take_string(), take_string()) for _ in range(take("I"))]
+        for _ in range(take("I")):
+            alias = take_string()
+            variables[alias] = variables[take_string()]
     except (struct.error, ValueError, KeyError) as error:
         raise BackboneError(f"damaged CTranslate2 file: {error} at byte {position} of {len(data)}.") from None
-    return variables | {alias: variables[name] for alias, name in aliases}
+    return variables
 
 
 def _whisper_state_dict(source: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:

@@ -47,8 +47,10 @@ class Speller:
         for word, count in words.items():
             for token in self._encode(word):
                 counts[token] += count
-        letters = [tokenizer.convert_tokens_to_ids(s + c) for s in ("", "Ġ") for c in "abcdefghijklmnopqrstuvwxyz'"]
-        letters = [token for token in letters if token is not None and token < len(tokenizer)]
+        # Letters and the space, so that nothing is left unspelled; "Ġ" is how byte-level tokenizers write a space.
+        known = tokenizer.get_vocab()
+        spellings = [s + c for s in ("Ġ", "") for c in ("", *"abcdefghijklmnopqrstuvwxyz'")]
+        letters = [known[spelling] for spelling in spellings if spelling in known]
         common = [token for token, _ in counts.most_common() if token not in set(letters)]
         self.token_ids = (letters + common)[:size]
         self.index = {token: i for i, token in enumerate(self.token_ids)}
