@@ -135,13 +135,13 @@ def test_augmented_copies_differ_and_repeat(tmp_path):
 def test_words_are_spelled_exactly_by_few_or_many_pieces(warm):
     _, processor = warm
     words = {"the": 9, "quick": 5, "brown": 4, "fox": 4, "lazy": 2, "dog": 2, "emotion": 1}
-    for size in (60, 90):
+    for size in (31, 90):
         speller = Speller(processor.tokenizer, words, size)
         assert len(speller.token_ids) == len(set(speller.token_ids)) <= size
         for word in [*words, "zebra", "it's"]:
             tokens = [speller.token_ids[i] for i in speller.spell(word)]
             assert processor.tokenizer.decode(tokens) == " " + word
-    few, many = (Speller(processor.tokenizer, words, size) for size in (58, 120))
+    few, many = (Speller(processor.tokenizer, words, size) for size in (31, 120))
     assert len(many("the quick brown fox")) < len(few("the quick brown fox"))
 
 
@@ -172,12 +172,14 @@ def test_batches_hold_every_clip_once_an_epoch_within_the_limit():
 
 
 def test_the_warm_start_teaches_both_adapters_and_no_backbone(tiny_backbones, tmp_path):
-    """Two voices with two sentences: after training both are heard, read from the cache as from the audio."""
+    """Two melodies that stand for two words: after training both are heard, read from the cache as from the audio."""
     model, processor = make_model(tiny_backbones, kind="warm", encoder_padding="real", linguistic_dropout=0.0)
-    voices = {"low.wav": ("female", "sad", "the fox"), "high.wav": ("male", "happy", "lazy dog")}
+    time = np.arange(4_800) / 16_000
+    melodies = [[300, 2500, 700, 5000, 150], [4000, 200, 6000, 1000, 2000]]
+    up, down = (np.concatenate([0.3 * np.sin(2 * np.pi * f * time) for f in m]).astype(np.float32) for m in melodies)
     clips = {
-        name: {"samples": tone(1.5, seed), "text": text, "gender": gender, "emotion": emotion, "split": "train"}
-        for seed, (name, (gender, emotion, text)) in enumerate(voices.items())
+        "up.wav": {"samples": up, "text": "fox", "gender": "female", "emotion": "sad", "split": "train"},
+        "down.wav": {"samples": down, "text": "dog", "gender": "male", "emotion": "happy", "split": "train"},
     }
     write_corpus(tmp_path / "corpus", clips)
     rows = read_folder(tmp_path / "corpus")
@@ -185,7 +187,7 @@ def test_the_warm_start_teaches_both_adapters_and_no_backbone(tiny_backbones, tm
 
     speller = Speller(processor.tokenizer, {"the": 3, "fox": 2, "lazy": 2, "dog": 2}, 60)
     frames = FeatureCache(tmp_path / "cache", rows, "frames", model.config).build(model, processor)
-    train_linguistic(model, frames, speller, 150, learning_rate=1e-2, warmup=5)
+    train_linguistic(model, frames, speller, 300, learning_rate=1e-2, warmup=5)
     pooled = FeatureCache(tmp_path / "cache", rows, "pooled", model.config).build(model, processor)
     targets = caption_targets(pooled, processor, Thresholds())
     train_paralinguistic(model, pooled, targets, 150, batch_size=8)

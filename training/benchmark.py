@@ -66,6 +66,20 @@ def _typed(model, processor, text: str, new_tokens: int) -> dict[str, float]:
     return times
 
 
+@torch.inference_mode()
+def _padded_encoder(model, processor, samples: np.ndarray) -> float:
+    """Seconds of the encoder on the same clip padded to 30 s, as Whisper was trained."""
+    kept = model.config.encoder_padding, processor.encoder_padding
+    model.config.encoder_padding = processor.encoder_padding = "max_length"
+    try:
+        features = processor.extract_features([samples])
+        start = time.perf_counter()
+        model.encode_audio(**features)
+        return time.perf_counter() - start
+    finally:
+        model.config.encoder_padding, processor.encoder_padding = kept
+
+
 def benchmark_reply(model, processor, seconds: float = 4.0, repeats: int = 7, new_tokens: int = 32) -> dict:
     """Medians over `repeats`, the spoken and the typed turn in turn, after one warm-up of both."""
     samples = _clip(seconds, processor.sampling_rate)
@@ -73,6 +87,7 @@ def benchmark_reply(model, processor, seconds: float = 4.0, repeats: int = 7, ne
     spoken, typed = [], []
     for round_ in range(repeats + 1):
         ours = _spoken(model, processor, samples, new_tokens)
+        ours["padded_encoder"] = _padded_encoder(model, processor, samples)
         bare = _typed(model, processor, words, new_tokens)
         if round_:
             spoken.append(ours)
@@ -95,6 +110,7 @@ def benchmark_reply(model, processor, seconds: float = 4.0, repeats: int = 7, ne
         "spoken": {
             "seconds_to_first_token": median(spoken, first),
             "tokens_per_second": median(spoken, rate),
+            "padded_encoder": median(spoken, lambda row: row["padded_encoder"]),
             "parts": {part: median(spoken, lambda row, part=part: row[part]) for part in PARTS},
         },
         "text": {"seconds_to_first_token": median(typed, first), "tokens_per_second": median(typed, rate)},
@@ -114,4 +130,6 @@ def show(result: dict) -> str:
     ]
     total = sum(spoken["parts"].values())
     lines += [f"  {part:20}{value:10.3f}{value / total:10.0%}" for part, value in spoken["parts"].items()]
+    padded, encoder = spoken["padded_encoder"], spoken["parts"]["encoder"]
+    lines.append(f"encoder on the clip padded to 30 s: {padded:.3f} s, {padded / encoder:.1f} times the real length")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ Shards are safetensors, memory-mapped when read; a shard appears complete or not
 where it stopped.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -76,27 +77,25 @@ class FeatureCache:
         self._open: dict[int, object] = {}
 
     def build(
-        self,
-        model: DualSLMForConditionalGeneration,
-        processor: DualSLMProcessor,
-        seconds: float = 400.0,
-        shard: int = 512,
+        self, model: DualSLMForConditionalGeneration, processor: DualSLMProcessor, shard: int = 512
     ) -> "FeatureCache":
         """Computes the shards that are missing. The encoder runs in bfloat16, batches of similar length at a time."""
         self.shard = shard
         self.folder.mkdir(parents=True, exist_ok=True)
         numbers = [n for n in range(-(-len(self.rows) // shard)) if not self._path(n).is_file()]
-        dtype = model.audio_tower.dtype
-        model.audio_tower.to(torch.bfloat16)
-        for number in tqdm(numbers, desc=f"{self.kind} of {len(self.rows)} clips", unit="shard"):
-            self._build_shard(number, model, processor, seconds)
-        model.audio_tower.to(dtype)
+        tower = model.audio_tower
+        model.audio_tower = copy.deepcopy(tower).to(torch.bfloat16)  # a copy: there is no way back from bfloat16
+        try:
+            for number in tqdm(numbers, desc=f"{self.kind} of {len(self.rows)} clips", unit="shard"):
+                self._build_shard(number, model, processor)
+        finally:
+            model.audio_tower = tower
         return self
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.safetensors"
 
-    def _build_shard(self, number: int, model, processor, seconds: float) -> None:
+    def _build_shard(self, number: int, model, processor) -> None:
         first = number * self.shard
         indices = range(first, min(first + self.shard, len(self.rows)))
         order = sorted(indices, key=lambda i: self.rows[i].get("duration") or os.path.getsize(self.rows[i]["audio"]))

@@ -188,15 +188,14 @@ def main() -> None:
         seed=args.seed,
         evaluate=lambda _: slot_accuracy(model, pooled_validation, held_out, processor),
     )
-    minutes = (time.time() - started) / 60
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
-    result = evaluate_hearing(model, processor, args.data, thresholds, resolve_backbone("whisper-base"))
-    for name, content in {"evaluation.json": result, "training_log.json": log}.items():
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        (args.output / name).write_text(text, encoding="utf-8")
-    (args.output / "README.md").write_text(card(result, thresholds, log, minutes, args), encoding="utf-8")
-    print(table(result))
+    about = {"seed": args.seed, "steps": args.steps, "hours": args.hours}
+    about["minutes"] = round((time.time() - started) / 60)
+    (args.output / "training_log.json").write_text(
+        json.dumps({**about, "log": log}, indent=1) + "\n", encoding="utf-8"
+    )
+    write_card(args.output, args.data)
 
 
 def slot_accuracy(model, cache: FeatureCache, targets: torch.Tensor, processor: DualSLMProcessor) -> dict[str, float]:
@@ -212,28 +211,30 @@ def slot_accuracy(model, cache: FeatureCache, targets: torch.Tensor, processor: 
     return figures
 
 
-def card(result: dict, thresholds: Thresholds, log: list[dict], minutes: float, args: argparse.Namespace) -> str:
-    """The model card, made from the evaluation; its text is `training/assets/card.md`."""
-    steps = ", ".join(str(s) for s in args.steps)
-    examples = "\n".join(
-        f"| {e['said']} | {e['heard']} |" for e in result["asr"]["librispeech_subset"]["examples"][:5]
+def write_card(checkpoint: Path, data: Path) -> None:
+    """Evaluates a checkpoint as a user loads it; writes evaluation.json and README.md (its text: assets/card.md) there."""
+    model = DualSLMForConditionalGeneration.from_pretrained(checkpoint)
+    processor = DualSLMProcessor.from_pretrained(checkpoint)
+    thresholds = Thresholds(**model.config.attribute_thresholds)
+    result = evaluate_hearing(model, processor, data, thresholds, resolve_backbone(model.config.audio_model_id))
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    (checkpoint / "evaluation.json").write_text(text, encoding="utf-8")
+    made = json.loads((checkpoint / "training_log.json").read_text(encoding="utf-8"))
+    examples = [f"| {e['said']} | {e['heard']} |" for e in result["asr"]["librispeech_subset"]["examples"][:5]]
+    linguistic = [entry for entry in made["log"] if entry["stage"] == "linguistic"]
+    card = (ASSETS / "card.md").read_text(encoding="utf-8")
+    card = card.format(
+        table=table(result),
+        examples="\n".join(examples),
+        pitch="{:.1f} and {:.1f} Hz".format(*thresholds.pitch),
+        energy="{:.4f} and {:.4f}".format(*thresholds.energy),
+        tempo="{:.3f} and {:.3f} s a word".format(*thresholds.tempo),
+        steps=" and ".join(str(steps) for steps in made["steps"]),
+        final_loss=linguistic[-1]["loss"],
+        **{name: made[name] for name in ("seed", "hours", "minutes")},
     )
-    return (
-        (ASSETS / "card.md")
-        .read_text(encoding="utf-8")
-        .format(
-            table=table(result),
-            examples=examples,
-            pitch="{} and {} Hz".format(*(round(v, 1) for v in thresholds.pitch)),
-            energy="{} and {}".format(*thresholds.energy),
-            tempo="{} and {} s a word".format(*(round(v, 3) for v in thresholds.tempo)),
-            seed=args.seed,
-            steps=steps,
-            hours=args.hours,
-            minutes=round(minutes),
-            final_loss=next(entry["loss"] for entry in reversed(log) if entry["stage"] == "linguistic"),
-        )
-    )
+    (checkpoint / "README.md").write_text(card, encoding="utf-8")
+    print(table(result))
 
 
 if __name__ == "__main__":
