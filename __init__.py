@@ -22,10 +22,11 @@ __all__ = ["__version__", "register_auto_classes", *_EXPORTS]
 
 def register_auto_classes() -> None:
     """Lets AutoConfig, AutoModelForMultimodalLM and AutoProcessor know this package, so that no remote code is needed."""
+    from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
+
     from dual_slm.configuration_dual_slm import DualSLMConfig
     from dual_slm.modeling_dual_slm import DualSLMForConditionalGeneration
     from dual_slm.processing_dual_slm import DualSLMProcessor
-    from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
     AutoConfig.register("dual_slm", DualSLMConfig, exist_ok=True)
     AutoModelForMultimodalLM.register(DualSLMConfig, DualSLMForConditionalGeneration, exist_ok=True)

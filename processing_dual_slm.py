@@ -528,6 +528,10 @@ class DualSLMProcessor(ProcessorMixin):
     def decode(self, *args, **kwargs) -> str:
         return self.tokenizer.decode(*args, **kwargs)
 
+    def conversation(self, model, system: str | None = None, **generation) -> "DualSLMConversation":
+        """A conversation with the model of this checkpoint, see [`DualSLMConversation`]."""
+        return DualSLMConversation(model, self, system, **generation)
+
     def decode_audio(self, features) -> list[dict]:
         """What was heard in each clip, both branches listening.
 
@@ -562,7 +566,7 @@ class DualSLMConversation:
     """A conversation that encodes each clip once and keeps the LLM's KV cache: a turn costs its own tokens only.
 
     ```python
-    conversation = DualSLMConversation(model, processor)
+    conversation = processor.conversation(model)
     turn = conversation.say(audio="hello.wav")
     turn["heard"], turn["attributes"], turn["reply"]
     for piece in conversation.stream(text="And why is that?"):

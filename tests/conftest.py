@@ -7,9 +7,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import numpy as np
 import pytest
 import torch
-from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
-from dual_slm.configuration_dual_slm import WARM_START_ADAPTERS
-from dual_slm.processing_dual_slm import CaptionSlots
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -19,6 +16,10 @@ from transformers import (
     WhisperFeatureExtractor,
     WhisperModel,
 )
+
+from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
+from dual_slm.configuration_dual_slm import WARM_START_ADAPTERS
+from dual_slm.processing_dual_slm import CaptionSlots
 
 torch.set_num_threads(2)
 

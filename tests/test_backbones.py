@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from dual_slm.modeling_dual_slm import fingerprint, resolve_backbone
 from dual_slm.training import backbones
 from dual_slm.training.backbones import DEMO_CLIP, BackboneError, fetch_backbone, read_ctranslate2, transcriber
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def ctranslate2_file(variables: dict[str, np.ndarray], aliases: dict[str, str]) -> bytes:

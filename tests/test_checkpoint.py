@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
+
 from dual_slm.modeling_dual_slm import resolve_backbone
 from dual_slm.training.backbones import DEMO_CLIP, DEMO_TRANSCRIPT
 from dual_slm.training.cli import main
-from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
 
 CHECKPOINT = Path(__file__).parent.parent / "model_cards" / "dual-slm-smollm2-135m"
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from dual_slm import DualSLMConfig, DualSLMForConditionalGeneration
 
 

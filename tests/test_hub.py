@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import Hub, running_hub
 from safetensors.torch import load, save
+
+from hub_server import Hub, running_hub
 
 BACKBONES = ("me/whisper-tiny", "me/llama-tiny")
 REPOS = {"warm": "me/dual-slm-warm", "paper": "me/dual-slm-paper"}
@@ -130,8 +131,9 @@ def assert_same_answers(got: dict, expected: dict) -> None:
 
 
 def _client_push(folders: list[str], clips: list[str]) -> dict:
-    from conftest import make_model
     from huggingface_hub import HfApi, ModelCard
+
+    from conftest import make_model
 
     api, result = HfApi(), {}
     for repo, folder in zip(BACKBONES, folders, strict=True):
@@ -216,8 +218,9 @@ def _client_again(clips: list[str], again: str) -> dict:
 
 
 def _client_installed(clips: list[str]) -> dict:
-    import dual_slm
     from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
+
+    import dual_slm
 
     dual_slm.register_auto_classes()
     config = AutoConfig.from_pretrained(REPOS["warm"])
@@ -226,6 +229,20 @@ def _client_installed(clips: list[str]) -> dict:
     own = (dual_slm.DualSLMConfig, dual_slm.DualSLMProcessor, dual_slm.DualSLMForConditionalGeneration)
     same = [type(thing) is kind for thing, kind in zip((config, processor, model), own, strict=True)]
     return answers(model, processor, clips) | {"own classes": same}
+
+
+def _client_push_command(clips: list[str], checkpoint: str) -> dict:
+    from huggingface_hub import HfApi, ModelCard
+    from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    from dual_slm.training.cli import main
+
+    code = main(["push", checkpoint, "--repo", "me/command", "--tag", "v1"])
+    options = {"revision": "v1", "trust_remote_code": True}
+    model = AutoModelForMultimodalLM.from_pretrained("me/command", **options)
+    result = answers(model, AutoProcessor.from_pretrained("me/command", **options), clips)
+    files = HfApi().list_repo_files("me/command")
+    return result | {"code": code, "files": files, "card": ModelCard.load("me/command").content}
 
 
 def _client_pipelines(clips: list[str], clip_url: str) -> dict:
@@ -296,8 +313,9 @@ def _client_refusals(repos: list[str]) -> dict:
 def _client_unreachable(adapters_folder: str) -> dict:
     import time
 
-    from dual_slm import DualSLMForConditionalGeneration
     from transformers import AutoModelForMultimodalLM
+
+    from dual_slm import DualSLMForConditionalGeneration
 
     time.sleep = lambda seconds: None  # the client asks six times over 23 s for each file
     return {
@@ -443,6 +461,17 @@ def test_the_installed_package_needs_no_remote_code(hub, folder, clips, pushed):
     got = in_fresh_process(_client_installed, folder, hub.url, package=True, clips=clips)
     assert got["own classes"] == [True, True, True]
     assert_same_answers(got, pushed["warm"]["main"])
+
+
+def test_the_push_command_uploads_model_processor_and_card(hub, folder, clips, pushed, loaded):
+    (folder / "again" / "README.md").write_text(CARD)
+    result = in_fresh_process(
+        _client_push_command, folder, hub.url, True, clips=clips, checkpoint=str(folder / "again")
+    )
+    assert result["code"] == 0
+    assert {"config.json", "model.safetensors", "processor_config.json", "README.md", *MODULES} <= set(result["files"])
+    assert result["card"].strip() == CARD.strip()
+    assert_same_answers(result, pushed["warm"]["main"])
 
 
 def test_pipelines(hub, folder, clips, pushed):

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
 from conftest import make_model, tone
 from dual_slm import DualSLMConversation
 from dual_slm.modeling_dual_slm import masked_adaptive_average
-from transformers import AutoModel, AutoModelForCausalLM
 
 
 def spoken(seconds: float, seed: int = 0, text: str | None = None, **sources) -> dict:

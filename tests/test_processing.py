@@ -5,6 +5,7 @@ import pytest
 import soundfile
 import soxr
 import torch
+
 from conftest import tone
 from dual_slm.processing_dual_slm import CaptionSlots, load_audio
 

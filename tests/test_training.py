@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+
 from conftest import LABELS, make_model, tone
 from dual_slm.training.attributes import Thresholds, classify, measure
 from dual_slm.training.corpora.schema import read_folder

@@ -39,6 +39,9 @@ def load(args: argparse.Namespace):
     import torch
     from transformers import AutoModelForMultimodalLM, AutoProcessor
 
+    from .. import register_auto_classes
+
+    register_auto_classes()
     name = args.model or default_checkpoint()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: this machine has no CUDA device; use --device cpu.")
@@ -70,13 +73,11 @@ def reply(args: argparse.Namespace) -> None:
     for file in args.files:
         if not Path(file).is_file() and "://" not in file:
             raise FileNotFoundError(f"{file}: no such file.")
-    from .. import DualSLMConversation
-
     model, processor = load(args)
     generation = {"max_new_tokens": args.max_new_tokens}
     if args.temperature > 0:
         generation |= {"do_sample": True, "temperature": args.temperature}
-    conversation = DualSLMConversation(model, processor, system=args.system, **generation)
+    conversation = processor.conversation(model, system=args.system, **generation)
     if args.files:
         for file in args.files:
             _turn(conversation, args, audio=file)

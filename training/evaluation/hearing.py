@@ -179,8 +179,7 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    from transformers import AutoModelForMultimodalLM, AutoProcessor
-
+    from ... import DualSLMForConditionalGeneration, DualSLMProcessor
     from ...modeling_dual_slm import resolve_backbone
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -195,8 +194,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=None, help="write the figures as JSON")
     args = parser.parse_args()
-    model = AutoModelForMultimodalLM.from_pretrained(args.checkpoint)
-    processor = AutoProcessor.from_pretrained(args.checkpoint)
+    model = DualSLMForConditionalGeneration.from_pretrained(args.checkpoint)
+    processor = DualSLMProcessor.from_pretrained(args.checkpoint)
     if args.encoder_padding is not None:
         model.config.encoder_padding = processor.encoder_padding = args.encoder_padding
     thresholds = Thresholds(**(model.config.attribute_thresholds or {}))
