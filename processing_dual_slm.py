@@ -325,7 +325,7 @@ class DualSLMProcessor(ProcessorMixin):
                 features.append(mel if self.encoder_padding == "max_length" else mel[:, :frames])
                 lengths.append(frames)
         longest = max(feature.shape[1] for feature in features)
-        features = [nn_pad(feature, longest) for feature in features]
+        features = [_pad_frames(feature, longest) for feature in features]
         mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
         return {
             "input_features": torch.stack(features),
@@ -552,7 +552,7 @@ class DualSLMProcessor(ProcessorMixin):
         return [{"heard": h, "attributes": a} for h, a in zip(heard, attributes, strict=True)]
 
 
-def nn_pad(feature: torch.Tensor, length: int) -> torch.Tensor:
+def _pad_frames(feature: torch.Tensor, length: int) -> torch.Tensor:
     """Zeros behind (..., F) up to `length` frames."""
     return torch.nn.functional.pad(feature, (0, length - feature.shape[-1]))
 
@@ -741,7 +741,7 @@ class AudioTextToTextPipeline(AnyToAnyPipeline):
         if heard:
             frames = max(item["input_features"].shape[-1] for item in heard)
             for name in ("input_features", "input_features_mask"):
-                batch[name] = torch.cat([nn_pad(item[name], frames) for item in heard])
+                batch[name] = torch.cat([_pad_frames(item[name], frames) for item in heard])
             for name in ("audio_num_chunks", "audio_branches"):
                 batch[name] = torch.cat([item[name] for item in heard])
         return super()._forward({**batch, "text": [item["text"] for item in items]}, **options)

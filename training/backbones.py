@@ -332,13 +332,12 @@ def transcriber(folder: str | Path) -> Callable[[np.ndarray], str]:
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     tokenizer = WhisperTokenizer.from_pretrained(folder)
     extractor = WhisperFeatureExtractor.from_pretrained(folder)
-    model.generation_config.max_length = None  # max_new_tokens counts
     options = {"language": "en", "task": "transcribe"} if model.generation_config.is_multilingual else {}
 
     def transcribe(audio: np.ndarray) -> str:
         features = extractor(audio, sampling_rate=16_000, return_tensors="pt")
         with torch.inference_mode():
-            tokens = model.generate(features.input_features, max_new_tokens=200, **options)
+            tokens = model.generate(features.input_features, **options)
         return tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
 
     return transcribe
