@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 demo: .venv/demo
 	$(BIN)/dual-slm backbones
-	$(BIN)/dual-slm reply training/assets/librispeech-1688-142285-0003.flac
+	$(BIN)/dual-slm reply training/assets/librispeech-2764-36616-0000.flac
 
 test: .venv/test
 	$(BIN)/ruff check .

@@ -95,7 +95,7 @@ def test_unknown_names_and_missing_backbones_say_what_to_do(monkeypatch, tmp_pat
 def test_the_real_whisper_hears_the_demo_clip(name):
     audio, _ = soundfile.read(DEMO_CLIP, dtype="float32")
     heard = transcriber(fetch_backbone(name))(audio).lower()
-    for word in ("really", "liked", "account", "himself", "better", "anything", "else"):
+    for word in ("which", "was", "big", "news", "day", "could", "have", "been"):
         assert word in heard
 
 

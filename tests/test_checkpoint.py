@@ -40,7 +40,7 @@ def test_reply_hears_the_clip_and_answers():
     for turn in turns:
         said = words(DEMO_TRANSCRIPT.read_text())
         assert len(said & words(turn["heard"])) >= 0.6 * len(said), turn["heard"]
-        assert turn["attributes"]["gender"] == "male"
+        assert turn["attributes"]["gender"] == "female"
         assert set(turn["attributes"]) == {"gender", "pitch", "tempo", "energy", "emotion"}
         assert turn["reply"]
         assert turn["seconds"] > 0
@@ -50,7 +50,7 @@ def test_reply_prints_for_people_and_takes_a_typed_conversation():
     result = run("reply", "--max-new-tokens", "8", input=f"{DEMO_CLIP}\nHello!\nmissing.wav\n\n")
     assert result.returncode == 0, result.stderr
     assert "heard" in result.stdout
-    assert "attributes  gender male" in result.stdout
+    assert "attributes  gender female" in result.stdout
     assert result.stdout.count("reply  ") == 3
 
 
@@ -110,4 +110,4 @@ def test_the_quickstart_of_the_readme_runs_as_written(tmp_path):
         env=environment,
     )
     assert result.returncode == 0, result.stderr
-    assert "male" in result.stdout
+    assert "'female'" in result.stdout

@@ -38,8 +38,8 @@ logger = logging.get_logger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
 # A LibriSpeech clip (CC BY 4.0, see assets/README.md): what the demo listens to and what a converted Whisper must hear.
-DEMO_CLIP = ASSETS / "librispeech-1688-142285-0003.flac"
-DEMO_TRANSCRIPT = ASSETS / "librispeech-1688-142285-0003.txt"
+DEMO_CLIP = ASSETS / "librispeech-2764-36616-0000.flac"
+DEMO_TRANSCRIPT = ASSETS / "librispeech-2764-36616-0000.txt"
 
 
 @dataclass(frozen=True)

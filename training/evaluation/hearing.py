@@ -21,6 +21,7 @@ from ..corpora.schema import read_folder
 from ..features import load_row
 
 ASR_CORPORA = ("librispeech_subset", "vctk_subset", "read_misc")
+ATTRIBUTE_CORPORA = ("ravdess", "librispeech_subset")
 
 
 def bootstrap(
@@ -107,6 +108,8 @@ def evaluate_attributes(model, processor, rows: list[dict], thresholds: Threshol
                 probabilities = item["attributes"][name]
                 groups[row["speaker"]].append((true[name], max(probabilities, key=probabilities.get)))
         pairs = [pair for group in groups.values() for pair in group]
+        if not pairs:
+            continue
         counts = defaultdict(int)
         for true, _ in pairs:
             counts[true] += 1
@@ -138,12 +141,11 @@ def evaluate_hearing(
         rows = [r for r in read_folder(data / folder) if r["split"] == split and r["transcript"]]
         if rows:
             asr[folder] = evaluate_asr(model, processor, rows, whisper)
-    ravdess = [r for r in read_folder(data / "ravdess") if r["split"] == split]
-    return {
-        "split": split,
-        "asr": asr,
-        "attributes": {"ravdess": evaluate_attributes(model, processor, ravdess, thresholds)},
-    }
+    attributes = {}
+    for folder in ATTRIBUTE_CORPORA:
+        rows = [r for r in read_folder(data / folder) if r["split"] == split]
+        attributes[folder] = evaluate_attributes(model, processor, rows, thresholds)
+    return {"split": split, "asr": asr, "attributes": attributes}
 
 
 def table(result: dict) -> str:
