@@ -40,13 +40,15 @@ def load(args: argparse.Namespace):
     from transformers import AutoModelForMultimodalLM, AutoProcessor
 
     from .. import register_auto_classes
+    from ..modeling_dual_slm import name_in_errors
 
     register_auto_classes()
     name = args.model or default_checkpoint()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: this machine has no CUDA device; use --device cpu.")
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    processor = AutoProcessor.from_pretrained(name, **options)
+    with name_in_errors(name):
+        processor = AutoProcessor.from_pretrained(name, **options)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     device_map = None if args.device == "cpu" else {"": args.device}
     model = AutoModelForMultimodalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **options)

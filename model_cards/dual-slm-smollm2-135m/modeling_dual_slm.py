@@ -525,7 +525,7 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not isinstance(config, PreTrainedConfig):
             source = config if config is not None else pretrained_model_name_or_path
             places = {k: kwargs[k] for k in ("revision", "subfolder") if kwargs.get(k) is not None}
-            with _name_in_errors(source):
+            with name_in_errors(source):
                 config = cls.config_class.from_pretrained(source, **hub_kwargs, **places)
         for name in ("audio_model_id", "text_model_id"):
             if name in kwargs:
@@ -848,7 +848,7 @@ def _join_chunks(states: torch.Tensor, lengths: torch.Tensor, counts: list[int])
 
 
 @contextmanager
-def _name_in_errors(model_id) -> Iterator[None]:
+def name_in_errors(model_id) -> Iterator[None]:
     """An unreachable Hub is reported by transformers without a word on what was asked of it."""
     try:
         yield
@@ -860,21 +860,21 @@ def _name_in_errors(model_id) -> Iterator[None]:
 
 def _commit(model_id: str, revision: str | None) -> str | None:
     """The commit that a branch or tag of a backbone on the Hub points to; `None` for a folder."""
-    with _name_in_errors(model_id):
+    with name_in_errors(model_id):
         return extract_commit_hash(cached_file(resolve_backbone(model_id), "config.json", revision=revision), None)
 
 
 def _load_audio_tower(model_id: str, **options) -> tuple[PreTrainedModel, PreTrainedConfig]:
     options = {name: value for name, value in options.items() if value is not None}
     options.pop("quantization_config", None)  # the encoder is small and its features are what the adapters know
-    with _name_in_errors(model_id):
+    with name_in_errors(model_id):
         model = AutoModel.from_pretrained(resolve_backbone(model_id), use_safetensors=True, **options)
     return (model.get_encoder() if model.config.is_encoder_decoder else model), model.config
 
 
 def _load_language_model(model_id: str, **options) -> PreTrainedModel:
     options = {name: value for name, value in options.items() if value is not None}
-    with _name_in_errors(model_id):
+    with name_in_errors(model_id):
         return AutoModelForCausalLM.from_pretrained(resolve_backbone(model_id), use_safetensors=True, **options)
 
 
