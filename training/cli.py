@@ -126,7 +126,7 @@ def _turn(conversation, args: argparse.Namespace, audio: str | None = None, text
 
 def push(args: argparse.Namespace) -> None:
     """Load a checkpoint folder, then push its model, processor and card to the Hub."""
-    from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub import HfApi
 
     folder = Path(args.folder)
     if not (folder / "config.json").is_file():
@@ -143,8 +143,11 @@ def push(args: argparse.Namespace) -> None:
     api.create_repo(args.repo, private=args.private, exist_ok=True)
     model.push_to_hub(args.repo, commit_message=args.message)
     processor.push_to_hub(args.repo, commit_message=args.message)
-    if (folder / "README.md").is_file():
-        ModelCard.load(folder / "README.md").push_to_hub(args.repo, commit_message=args.message)
+    for name in ("README.md", "evaluation.json", "training_log.json"):
+        if (folder / name).is_file():
+            api.upload_file(
+                path_or_fileobj=folder / name, path_in_repo=name, repo_id=args.repo, commit_message=args.message
+            )
     if args.tag:
         api.create_tag(args.repo, tag=args.tag)
     print(f"{api.endpoint}/{args.repo}")
