@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--hours", type=float, default=16.0, help="synthesised speech")
     parser.add_argument(
-        "--steps", type=int, nargs=2, default=(600, 2400), help="CTC steps over 2,379 and 9,085 pieces"
+        "--steps", type=int, nargs=2, default=(500, 1700), help="CTC steps over 2,379 and 9,085 pieces"
     )
     parser.add_argument("--caption-steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)

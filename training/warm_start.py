@@ -7,7 +7,7 @@ each of its outputs. Both read cached features of the frozen encoder.
 import collections
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -123,7 +123,7 @@ def train_linguistic(
     frames_per_batch: int = 12_000,
     warmup: int = 100,
     seed: int = 0,
-    evaluate=None,
+    evaluate: Callable[[int], dict] | None = None,
     evaluate_every: int = 250,
 ) -> list[dict]:
     """CTC of the linguistic adapter over `speller`'s tokens; the LLM gives its embedding rows and never runs.
@@ -146,21 +146,16 @@ def train_linguistic(
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # dropout
     batches = batches_by_length([lengths[i] for i in usable], frames_per_batch, rng)
-    parameters = [p for p in adapter.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _warm_cosine(s, warmup, steps))
     rows = soft.rows(embedding)
-    log, running = [], None
-    adapter.train()
-    bar = tqdm(range(1, steps + 1), desc=f"CTC over {len(speller.token_ids)} pieces")
-    for step in bar:
+
+    def loss() -> torch.Tensor:
         batch = [usable[i] for i in next(batches)]
         states, sizes = pad_frames([cache.get(i, "frames") for i in batch])
         states = mask_frames(states, sizes, generator)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs = adapter.project(states, sizes)
             logits = soft.scale * (outputs @ torch.cat([rows, soft.blank[None]]).T)
-        loss = nn.functional.ctc_loss(
+        return nn.functional.ctc_loss(
             logits.float().log_softmax(-1).transpose(0, 1),
             torch.cat([targets[i] for i in batch]),
             adapter.output_lengths(sizes),
@@ -168,17 +163,40 @@ def train_linguistic(
             blank=len(rows),
             zero_infinity=True,
         )
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the CTC loss is {loss.item()} at step {step}: lower the learning rate.")
+
+    about = {"stage": "linguistic", "pieces": len(rows)}
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    return _descend(adapter, optimizer, loss, steps, warmup, about, evaluate, evaluate_every)
+
+
+def _descend(
+    adapter: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[], torch.Tensor],
+    steps: int,
+    warmup: int,
+    about: dict,
+    evaluate: Callable[[int], dict] | None,
+    evaluate_every: int,
+) -> list[dict]:
+    """`steps` steps on `loss()` with a warm-up and a cosine; the log has a running loss and what `evaluate` returned."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, warmup, steps))
+    log, running = [], None
+    adapter.train()
+    bar = tqdm(range(1, steps + 1), desc=", ".join(str(value) for value in about.values()))
+    for step in bar:
+        value = loss()
+        if not math.isfinite(value.item()):
+            raise FloatingPointError(f"the loss is {value.item()} at step {step} of {about}: lower the learning rate.")
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        value.backward()
+        nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        running = loss.item() if running is None else 0.97 * running + 0.03 * loss.item()
+        running = value.item() if running is None else 0.97 * running + 0.03 * value.item()
         bar.set_postfix(loss=f"{running:.3f}")
         if step % evaluate_every == 0 or step == steps:
-            entry = {"stage": "linguistic", "pieces": len(rows), "step": step, "loss": round(running, 4)}
+            entry = about | {"step": step, "loss": round(running, 4)}
             if evaluate is not None:
                 adapter.eval()
                 entry |= evaluate(step)
@@ -230,7 +248,7 @@ def train_paralinguistic(
     batch_size: int = 256,
     weight_decay: float = 0.05,
     seed: int = 0,
-    evaluate=None,
+    evaluate: Callable[[int], dict] | None = None,
     evaluate_every: int = 250,
 ) -> list[dict]:
     """Cross entropy of each output over the caption pieces, on cached pooled statistics (seconds a run).
@@ -246,32 +264,13 @@ def train_paralinguistic(
     weight = torch.where(felt, 0.5 / felt.sum().clamp(min=1), 0.5 / (~felt).sum().clamp(min=1))
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # dropout
-    parameters = list(adapter.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _warm_cosine(s, 50, steps))
-    log, running = [], None
-    adapter.train()
-    bar = tqdm(range(1, steps + 1), desc="captions")
-    for step in bar:
+
+    def loss() -> torch.Tensor:
         batch = torch.multinomial(weight, batch_size, replacement=True, generator=generator)
         inputs = pooled[batch]
         noise = torch.randn(inputs.shape, generator=generator) * adapter.statistics_scale
         logits = adapter.soft_tokens.logits(adapter.project(inputs + 0.2 * noise), embedding)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets[batch].flatten(), label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        running = loss.item() if running is None else 0.97 * running + 0.03 * loss.item()
-        bar.set_postfix(loss=f"{running:.3f}")
-        if step % evaluate_every == 0 or step == steps:
-            entry = {"stage": "paralinguistic", "step": step, "loss": round(running, 4)}
-            if evaluate is not None:
-                adapter.eval()
-                entry |= evaluate(step)
-                adapter.train()
-            log.append(entry)
-            tqdm.write(str(entry))
-    adapter.eval()
-    return log
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets[batch].flatten(), label_smoothing=0.05)
+
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    return _descend(adapter, optimizer, loss, steps, 50, {"stage": "paralinguistic"}, evaluate, evaluate_every)
