@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -83,6 +84,21 @@ def test_the_checkpoint_is_small_and_holds_adapters_only():
     with safe_open(CHECKPOINT / "model.safetensors", framework="pt") as tensors:
         assert {key.split(".")[0] for key in tensors.keys()} == {"linguistic_adapter", "paralinguistic_adapter"}  # noqa: SIM118
     assert not list(CHECKPOINT.glob("*.bin"))
+
+
+@pytest.mark.parametrize("kind", ["silence", "noise", "tone"])
+def test_where_nobody_speaks_nothing_is_heard(released, kind):
+    model, processor = released
+    time = np.arange(48_000) / 16_000
+    clips = {
+        "silence": np.zeros(48_000),
+        "noise": 0.1 * np.random.default_rng(0).standard_normal(48_000),
+        "tone": 0.3 * np.sin(2 * np.pi * 440 * time),
+    }
+    inputs = processor.extract_features([clips[kind].astype(np.float32)])
+    with torch.inference_mode():
+        (heard,) = processor.decode_audio(model.get_audio_features(**inputs))
+    assert heard["heard"] == ""
 
 
 @pytest.mark.parametrize("part", ["configuration", "modeling", "processing"])
