@@ -83,6 +83,8 @@ class FeatureCache:
         self.shard = shard
         self.folder.mkdir(parents=True, exist_ok=True)
         numbers = [n for n in range(-(-len(self.rows) // shard)) if not self._path(n).is_file()]
+        if not numbers:
+            return self
         tower = model.audio_tower
         model.audio_tower = copy.deepcopy(tower).to(torch.bfloat16)  # a copy: there is no way back from bfloat16
         try:

@@ -2,7 +2,7 @@
 
     python -m dual_slm.training.run --data ../shared/data --work runs/smollm2 --output model_cards/dual-slm-smollm2-135m
 
-Every step leaves its result in `--work` and is skipped when it is there: synthesis, cached features, adapters.
+Synthetic speech and encoder features are kept in `--work` and not made again; the training itself starts anew.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from transformers import AutoFeatureExtractor, AutoTokenizer
 
 from .. import DualSLMForConditionalGeneration, DualSLMProcessor
@@ -168,8 +169,8 @@ def main() -> None:
             seed=args.seed + index,
             evaluate=lambda _: {"validation_wer": round(word_errors(model, validation, processor), 4)},
         )
-        (args.work / "log.json").write_text(json.dumps(log, indent=1))
-        torch.save(model.linguistic_adapter.state_dict(), args.work / "linguistic.pt")  # a scratch copy, not a release
+    # Forty minutes of work, should anything below fail.
+    save_file(model.linguistic_adapter.state_dict(), args.work / "linguistic.safetensors")
 
     pooled = cached(
         training_rows(args.data, synthetic, PARALINGUISTIC, limit_synthetic=PARALINGUISTIC_SYNTHETIC), "pooled"
