@@ -204,7 +204,8 @@ def slot_accuracy(model, cache: FeatureCache, targets: torch.Tensor, processor: 
     pooled = torch.stack([cache.get(i, "pooled") for i in range(len(cache.rows))])
     with torch.inference_mode():
         adapter = model.paralinguistic_adapter
-        best = adapter.soft_tokens.logits(adapter.project(pooled), model.get_input_embeddings()).argmax(-1)
+        rows = adapter.soft_tokens.rows(model.get_input_embeddings())
+        best = adapter.soft_tokens.logits(adapter.project(pooled), rows).argmax(-1)
     figures = {}
     for name, place in processor.caption_slots.fields.items():
         known = targets[:, place.start] != -100

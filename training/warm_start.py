@@ -154,7 +154,7 @@ def train_linguistic(
         states = mask_frames(states, sizes, generator)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs = adapter.project(states, sizes)
-            logits = soft.scale * (outputs @ torch.cat([rows, soft.blank[None]]).T)
+            logits = soft.logits(outputs, rows)
         return nn.functional.ctc_loss(
             logits.float().log_softmax(-1).transpose(0, 1),
             torch.cat([targets[i] for i in batch]),
@@ -256,7 +256,8 @@ def train_paralinguistic(
     Slots whose attribute is unknown do not count. Clips with a known emotion are drawn half of the time, so that the many
     clips without one do not drown them.
     """
-    adapter, embedding = model.paralinguistic_adapter, model.get_input_embeddings()
+    adapter = model.paralinguistic_adapter
+    rows = adapter.soft_tokens.rows(model.get_input_embeddings())
     pooled = torch.stack([cache.get(i, "pooled") for i in range(len(cache.rows))])
     adapter.statistics_mean.copy_(pooled.mean(0))
     adapter.statistics_scale.copy_(pooled.std(0).clamp(min=1e-4))
@@ -269,7 +270,7 @@ def train_paralinguistic(
         batch = torch.multinomial(weight, batch_size, replacement=True, generator=generator)
         inputs = pooled[batch]
         noise = torch.randn(inputs.shape, generator=generator) * adapter.statistics_scale
-        logits = adapter.soft_tokens.logits(adapter.project(inputs + 0.2 * noise), embedding)
+        logits = adapter.soft_tokens.logits(adapter.project(inputs + 0.2 * noise), rows)
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets[batch].flatten(), label_smoothing=0.05)
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=weight_decay)

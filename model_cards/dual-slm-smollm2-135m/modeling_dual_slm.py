@@ -160,8 +160,9 @@ class ParalinguisticAdapter(nn.Module):
         outputs = self.project(self.pool(states, lengths))
         if self.soft_tokens is None:
             return outputs, None
-        logits = self.soft_tokens.logits(outputs, embedding)
-        return self.soft_tokens.embed(logits.softmax(-1), embedding), logits
+        rows = self.soft_tokens.rows(embedding)
+        logits = self.soft_tokens.logits(outputs, rows)
+        return logits.softmax(-1) @ rows, logits
 
 
 class LinguisticAdapter(nn.Module):
@@ -208,10 +209,10 @@ class LinguisticAdapter(nn.Module):
         outputs, lengths = self.project(states, lengths), self.output_lengths(lengths)
         if self.soft_tokens is None:
             return outputs[_length_mask(lengths, outputs.shape[1])], lengths, None
-        embeds, tokens = [], []
+        embeds, tokens, rows = [], [], self.soft_tokens.rows(embedding)
         for output, length in zip(outputs, lengths, strict=True):
-            probabilities, ids = self.soft_tokens.segments(output[:length], embedding)
-            embeds.append(self.soft_tokens.embed(probabilities, embedding))
+            probabilities, ids = self.soft_tokens.segments(output[:length], rows)
+            embeds.append(probabilities @ rows)
             tokens.append(ids)
         counts = torch.tensor([len(ids) for ids in tokens], device=outputs.device)
         return torch.cat(embeds), counts, torch.cat(tokens)
@@ -235,27 +236,23 @@ class SoftTokens(nn.Module):
         """The embedding rows of the pieces, (V, D), without a gradient to the LLM."""
         return embedding.weight.detach()[self.token_ids.to(embedding.weight.device)].to(self.scale)
 
-    def logits(self, outputs: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
-        """(..., D) -> (..., V), with the blank as one more, last class if there is one."""
-        rows = self.rows(embedding)
+    def logits(self, outputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., V) for the `rows` of the pieces, with the blank as one more, last class if there is one."""
         if self.blank is not None:
             rows = torch.cat([rows, self.blank[None]])
         return self.scale * (outputs @ rows.T)
 
-    def embed(self, probabilities: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
-        """(..., V) -> (..., D), the weighted mean of real token embeddings."""
-        return probabilities @ self.rows(embedding)
-
-    def segments(self, outputs: torch.Tensor, embedding: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    def segments(self, outputs: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Greedy CTC of one sample: blanks dropped, repeats merged.
 
         Args:
             outputs: (T', D).
+            rows: (V, D), embedding rows of the pieces.
 
         Returns:
             (M, V) mean probabilities over each segment's frames, the blank's share removed, and (M,) LLM token ids.
         """
-        probabilities = self.logits(outputs, embedding).softmax(-1)
+        probabilities = self.logits(outputs, rows).softmax(-1)
         best = probabilities.argmax(-1)
         starts = torch.ones_like(best, dtype=torch.bool)
         starts[1:] = best[1:] != best[:-1]
