@@ -1,4 +1,4 @@
-"""The warm start's parts, and the tables and voices it learns from."""
+"""The warm start's parts, and the voices it learns from."""
 
 import json
 
@@ -9,7 +9,7 @@ import torch
 
 from conftest import LABELS, make_model, tone
 from dual_slm.training.attributes import Thresholds, classify, measure
-from dual_slm.training.corpora.schema import read_folder
+from dual_slm.training.corpora.folder import read_folder
 from dual_slm.training.corpora.synthesis import degrade, span
 from dual_slm.training.features import FeatureCache, load_row
 from dual_slm.training.warm_start import (
@@ -31,45 +31,6 @@ def write_corpus(root, clips: dict[str, dict]) -> None:
             soundfile.write(root / name, samples, 16_000)
         lines.append(json.dumps({"file": name, **row}))
     (root / "metadata.jsonl").write_text("\n".join(lines))
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-def test_rows_have_the_schema_and_unknowns_are_none(tmp_path):
-    write_corpus(
-        tmp_path, {"a.wav": {"samples": tone(0.2), "text": "the fox", "split": "train", "intensity": "strong"}}
-    )
-    (row,) = read_folder(tmp_path)
-    assert row["transcript"] == "the fox"
-    assert row["audio"] == str(tmp_path / "a.wav")
-    assert row["emotion"] is None
-    assert "intensity" not in row
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 1: not JSON"),
-        ('{"text": "x", "split": "train"}', "line 1: names no audio file"),
-        ('{"file": "a.wav", "split": "dev"}', "split is 'dev'"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path, line, message):
-    (tmp_path / "metadata.jsonl").write_text(line)
-    with pytest.raises(ValueError, match=message):
-        read_folder(tmp_path)
-
-
-def test_missing_audio_is_counted_not_skipped(tmp_path):
-    write_corpus(
-        tmp_path,
-        {"a.wav": {"samples": tone(0.2), "split": "train"}, "b.wav": {"samples": None, "split": "test"}},
-    )
-    with pytest.raises(FileNotFoundError, match=r"1 of 2 audio files are missing, the first is .*b\.wav"):
-        read_folder(tmp_path)
-    rows = read_folder(tmp_path, allow_missing_audio=True)
-    assert [row["audio"] is None for row in rows] == [False, True]
 
 
 # ---- attributes ------------------------------------------------------------------------------------------------------

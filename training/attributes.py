@@ -1,8 +1,22 @@
-"""Pitch, energy and tempo of a clip, and their classes by TextrolSpeech's published thresholds or one's own tertiles."""
+"""Pitch, energy and tempo of a clip, their classes by published borders or one's own tertiles, and captions of them."""
 
-from dataclasses import dataclass
+import json
+import multiprocessing
+import os
+import random
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
+
+from ..processing_dual_slm import load_audio
+from .corpora.schema import Report
+from .journal import Journal
+from .prompts import PROMPTS
 
 
 @dataclass(frozen=True)
@@ -14,13 +28,19 @@ class Thresholds:
     tempo: tuple[float, float] = (0.252, 0.38645446)  # seconds a word: below the first is fast, above the second slow
 
 
+MEASURED = {"pitch": "pitch_hz", "energy": "energy_rms", "tempo": "seconds_per_word"}  # attribute -> column of a table
+
+
 def measure(samples: np.ndarray, sampling_rate: int, transcript: str | None = None) -> dict[str, float | None]:
     """Mean F0 in Hz (pyworld's dio and stonemask), mean RMS (librosa), seconds a word with silence trimmed.
 
     `None` where there is nothing to measure: no voiced frame, no transcript.
     """
     import librosa
-    import pyworld
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "pkg_resources")  # pyworld 0.3.5 asks it for its own version
+        import pyworld
 
     wide = samples.astype(np.float64)
     f0, times = pyworld.dio(wide, sampling_rate)
@@ -49,3 +69,109 @@ def classify(measured: dict[str, float | None], thresholds: Thresholds) -> dict[
             None if value is None else classes[int(np.searchsorted(getattr(thresholds, name), value, "right"))]
         )
     return result
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A table's labels
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def tertiles(rows: Iterable[dict]) -> dict[str, Thresholds]:
+    """Borders that cut the training rows into thirds, within each gender and over all (for rows of unknown gender).
+
+    Raises:
+        ValueError: fewer than 30 measured training rows.
+    """
+    rows = [row for row in rows if row["split"] == "train"]
+    result = {}
+    for gender in ("all", "female", "male"):
+        borders = {}
+        for name, column in MEASURED.items():
+            values = [r[column] for r in rows if r[column] is not None and gender in ("all", r["gender"])]
+            if len(values) >= 30:
+                borders[name] = tuple(round(float(q), 5) for q in np.quantile(values, [1 / 3, 2 / 3]))
+        if len(borders) == len(MEASURED):
+            result[gender] = Thresholds(**borders)
+    if "all" not in result:
+        raise ValueError(
+            f"{len(rows)} training rows are too few for tertiles (30 with audio and transcript); use the published "
+            "thresholds, or the file of another corpus."
+        )
+    return result
+
+
+def read_thresholds(path: str | Path) -> dict[str, Thresholds]:
+    """Borders that `corpus label` wrote beside a table."""
+    return {gender: Thresholds(**borders) for gender, borders in json.loads(Path(path).read_text()).items()}
+
+
+def write_thresholds(thresholds: dict[str, Thresholds], path: str | Path) -> None:
+    text = json.dumps({gender: asdict(borders) for gender, borders in thresholds.items()}, indent=1)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def _measure_row(job: tuple[str, str, str | None]) -> tuple[str, list | str]:
+    name, audio, transcript = job
+    try:
+        measured = measure(load_audio(audio, target_rate=16_000), 16_000, transcript)
+    except (ValueError, OSError) as error:
+        return name, " ".join(str(error).split())
+    return name, [measured[attribute] for attribute in MEASURED]
+
+
+def measure_rows(rows: list[dict], journal: Journal, report: Report, processes: int | None = None) -> Iterator[dict]:
+    """Rows with `pitch_hz`, `energy_rms` and `seconds_per_word`. Those whose audio cannot be decoded are left out and
+    counted. What is in the journal is not measured again."""
+    jobs = [
+        (row["id"], row["audio"], row["transcript"])
+        for row in rows
+        if row["audio"] is not None and row["id"] not in journal.values and row["energy_rms"] is None
+    ]
+    if jobs:
+        # Threads would wait for each other in pyworld, and forking a process that runs torch hangs.
+        with ProcessPoolExecutor(processes or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+            results = tqdm(pool.map(_measure_row, jobs, chunksize=16), total=len(jobs), desc="labels", unit=" clips")
+            group = {}
+            for name, values in results:
+                group[name] = values
+                if len(group) == 256:
+                    journal.add(group)
+                    group = {}
+            journal.add(group)
+    for row in rows:
+        values = journal.values.get(row["id"])
+        if isinstance(values, str):
+            report.add("audio that cannot be decoded, left out", values)
+            continue
+        yield row if values is None else row | dict(zip(MEASURED.values(), values, strict=True))
+
+
+def label_row(row: dict, thresholds: dict[str, Thresholds], seed: int = 0, overwrite: bool = False) -> dict:
+    """The row with pitch, tempo and energy from its measured values, and a caption. What a corpus says itself stays,
+    unless `overwrite`."""
+    borders = thresholds.get(row["gender"], thresholds["all"])
+    found = classify({name: row[column] for name, column in MEASURED.items()}, borders)
+    row = row | {name: label for name, label in found.items() if label and (overwrite or row[name] is None)}
+    if overwrite or row["caption"] is None:
+        row["caption"] = describe(row, random.Random(f"{seed}/caption/{row['id']}"))
+    return row
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Captions
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def describe(attributes: dict[str, str | None], draw: random.Random) -> str | None:
+    """A caption of whichever attributes are known, in one of several wordings; `None` where none is."""
+    style = draw.choice(PROMPTS["captions"])
+    words = []
+    for name, part in style["parts"].items():
+        label = attributes.get(name)
+        if label is not None:
+            words.append(part[label] if isinstance(part, dict) else part.format(label))
+    if not words:
+        return None
+    last = style.get("last", style["join"])
+    text = style["join"].join(words[:-1]) + last + words[-1] if len(words) > 1 else words[0]
+    return style["open"] + text + style["close"]

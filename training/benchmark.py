@@ -1,7 +1,12 @@
-"""`dual-slm benchmark reply`: what a spoken turn costs, part by part, beside the bare LLM on the same words as text."""
+"""`dual-slm benchmark`: what a spoken turn costs beside the bare LLM, and what the data paths cost."""
 
+import json
+import random
+import resource
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -133,3 +138,75 @@ def show(result: dict) -> str:
     padded, encoder = spoken["padded_encoder"], spoken["parts"]["encoder"]
     lines.append(f"encoder on the clip padded to 30 s: {padded:.3f} s, {padded / encoder:.1f} times the real length")
     return "\n".join(lines)
+
+
+def benchmark_corpus(rows: int = 20_000, batch_size: int = 16) -> dict[str, float]:
+    """A folder's metadata -> table -> tasks -> padded batches of text: seconds, and how the memory grows on the way.
+
+    The rows are made up, without audio, with dialogues of 0 to 6 turns before the spoken one.
+    """
+    from transformers import AutoProcessor
+
+    from .. import register_auto_classes
+    from .cli import default_checkpoint
+    from .collator import DualSLMCollator
+    from .corpora.folder import read
+    from .corpora.schema import Report, check_rows, read_table, write_table
+    from .corpora.synthesis import read_texts
+    from .tasks import label_sets, make_sample, tasks_of
+
+    register_auto_classes()
+    draw, sentences = random.Random(0), read_texts(None)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        with open(root / "metadata.jsonl", "w", encoding="utf-8") as file:
+            for number in range(rows):
+                roles = ("user", "assistant") * 3
+                history = [{"role": r, "content": draw.choice(sentences)} for r in roles[: 2 * draw.randint(0, 3)]]
+                row = {"id": str(number), "text": draw.choice(sentences), "response": draw.choice(sentences)}
+                row |= {"emotion": draw.choice(["happy", "sad", "angry"]), "tempo": draw.choice(["slow", "fast"])}
+                file.write(json.dumps(row | {"history": history}) + "\n")
+        collator = DualSLMCollator(AutoProcessor.from_pretrained(default_checkpoint()))
+        started = time.perf_counter()
+        report = Report()
+        write_table(check_rows(read(root, report), report), root / "t.parquet")
+        read_seconds = time.perf_counter() - started
+        table = read_table(root / "t.parquet")
+        choices, tokens, memory, batch = label_sets(table), 0, [], []
+        for row in table:
+            tasks = tasks_of(row)
+            batch.append(make_sample(row, tasks[int(row["id"]) % len(tasks)], choices))
+            if len(batch) == batch_size:
+                tokens += collator(batch)["input_ids"].numel()
+                batch = []
+                memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        seconds = time.perf_counter() - started
+    return {
+        "rows": rows,
+        "seconds": seconds,
+        "of them for read and table": read_seconds,
+        "tokens, padding included": tokens,
+        "peak MiB after a tenth of the batches": memory[len(memory) // 10],
+        "peak MiB after all": memory[-1],
+    }
+
+
+def benchmark_align(rows: int = 48) -> dict[str, float]:
+    """Tokens a second of `align` in batches of similar length, beside plain `generate` one by one, in one run."""
+    from .alignment import Aligner, AlignmentConfig
+    from .corpora.schema import make_row
+    from .corpora.synthesis import read_texts
+
+    aligner = Aligner("smollm2-135m-instruct", AlignmentConfig(max_new_tokens=48))
+    texts = [
+        make_row(id=str(n), corpus="x", split="train", transcript=t) for n, t in enumerate(read_texts(None)[:rows])
+    ]
+    prompts = sorted((aligner.prompt(row)[1] for row in texts), key=len)
+    figures = {}
+    for name, size in (("one by one", 1), ("batches of 16", 16), ("batches of 32", 32)):
+        aligner.tokens, aligner.seconds = 0, 0.0
+        for start in range(0, rows if size > 1 else rows // 4, size):
+            aligner.generate(prompts[start : start + size])
+        figures[f"tokens/s, {name}"] = aligner.tokens / aligner.seconds
+    figures["ratio of 16 to one by one"] = figures["tokens/s, batches of 16"] / figures["tokens/s, one by one"]
+    return figures

@@ -1,4 +1,4 @@
-"""The command line: `dual-slm backbones | reply | push | benchmark`."""
+"""The command line: `dual-slm backbones | reply | corpus | align | push | benchmark`."""
 
 import argparse
 import json
@@ -153,17 +153,166 @@ def push(args: argparse.Namespace) -> None:
     print(f"{api.endpoint}/{args.repo}")
 
 
-def benchmark(args: argparse.Namespace) -> None:
-    """Seconds to the first token and tokens a second, beside the bare LLM on the same words as text."""
-    from .benchmark import benchmark_reply, show
+def corpus_build(args: argparse.Namespace) -> None:
+    """Synthesise a small complete corpus; piper, flite and espeak-ng speak sentences, or the rows of a table."""
+    from .corpora.synthesis import VOICES, build, read_texts
 
-    model, processor = load(args)
-    result = benchmark_reply(model, processor, args.seconds, args.repeats, args.max_new_tokens)
-    print(json.dumps(result) if args.json else show(result))
+    if args.list_voices:
+        for voice in VOICES:
+            print(
+                f"{voice.engine:10} {voice.name:20} {voice.gender:7} {voice.split:11} {voice.share:4.0%}  {voice.licence}"
+            )
+        return
+    if args.out is None:
+        raise ValueError("--out DIR says where the corpus is made.")
+    texts = read_texts(args.texts)
+    hours = args.hours if args.hours is not None or isinstance(texts[0], dict) else 0.5
+    print(build(texts, args.out, hours, args.seed, args.processes))
+
+
+def corpus_read(args: argparse.Namespace) -> None:
+    """Read a corpus from its own files into a table; audio by reference."""
+    from .corpora import reader
+    from .corpora.schema import Report, check_rows, write_table
+
+    root, out = Path(args.root), Path(args.out)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder: --root is where the corpus was unpacked.")
+    options = {"role_reversed": True} if args.role_reversed else {}
+    if options and args.name != "styletalk":
+        raise ValueError(f"--role-reversed is StyleTalk's second test, not {args.name}'s.")
+    report = Report()
+    rows = check_rows(
+        reader(args.name)(root, report, **options), report, args.allow_missing_audio, out.with_suffix(".audio")
+    )
+    count = write_table(rows, out, progress=args.name)
+    if report:
+        print(report)
+    print(f"{count:,} rows in {out}")
+
+
+def corpus_label(args: argparse.Namespace) -> None:
+    """Measure pitch, energy and tempo of each clip, label them and write captions; in place unless --out is given."""
+    from .attributes import Thresholds, label_row, measure_rows, read_thresholds, tertiles, write_thresholds
+    from .corpora.schema import Report, read_table, write_table
+    from .journal import Journal
+
+    out, report = Path(args.out or args.table), Report()
+    journal = Journal(f"{out}.measured.jsonl")
+    rows = list(measure_rows(list(read_table(args.table)), journal, report, args.processes))
+    if args.thresholds == "textrolspeech":
+        thresholds = {"all": Thresholds()}
+    elif args.thresholds == "tertiles":
+        thresholds = tertiles(rows)
+    else:
+        thresholds = read_thresholds(args.thresholds)
+    count = write_table((label_row(row, thresholds, args.seed, args.overwrite) for row in rows), out)
+    write_thresholds(thresholds, out.with_suffix(".thresholds.json"))
+    journal.remove()
+    if report:
+        print(report)
+    for gender, borders in thresholds.items():
+        print(f"{gender}: pitch {borders.pitch} Hz, energy {borders.energy} RMS, tempo {borders.tempo} s a word")
+    print(f"{count:,} rows in {out}, borders in {out.with_suffix('.thresholds.json')}")
+
+
+def corpus_stats(args: argparse.Namespace) -> None:
+    """Counts, hours, labels, speakers, leaks between splits, and where speech begins; as text and as a picture."""
+    from transformers import AutoTokenizer
+
+    from ..modeling_dual_slm import resolve_backbone
+    from .corpora.schema import read_table
+    from .corpora.stats import describe_table, first_speech_positions, leaks, plot_table
+
+    rows = list(read_table(*args.tables))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(args.tokenizer))
+    positions = first_speech_positions(rows, tokenizer)
+    print(describe_table(rows, positions))
+    out = Path(args.out or Path(args.tables[0]).with_suffix(".png"))
+    plot_table(rows, out, positions, title=", ".join(Path(table).name for table in args.tables))
+    print(f"\npicture in {out}")
+    if args.check and leaks(rows)[0]:
+        raise ValueError("splits leak into each other (--check), see above.")
+
+
+def corpus_show(args: argparse.Namespace) -> None:
+    """Print conversations of a table as a model is trained on them, and the batch that they make."""
+    from transformers import AutoProcessor
+
+    from .. import register_auto_classes
+    from .collator import DualSLMCollator
+    from .corpora.schema import read_table
+    from .tasks import label_sets, make_sample, tasks_of
+
+    register_auto_classes()
+    table = read_table(args.table)
+    rows = (
+        row for row in table if row["split"] == args.split and (args.task in (None, *tasks_of(row)) and tasks_of(row))
+    )
+    rows = [row for row, _ in zip(rows, range(args.count), strict=False)]
+    if not rows:
+        raise ValueError(f"{args.table} has no {args.split} row for {args.task or 'any task'}.")
+    choices = label_sets(table)
+    tasks = [args.task or tasks_of(row)[n % len(tasks_of(row))] for n, row in enumerate(rows)]
+    samples = [make_sample(row, task, choices, args.seed, args.epoch) for row, task in zip(rows, tasks, strict=True)]
+    for sample in samples:
+        print(f"--- {sample.id}, {sample.kind} task {sample.task}")
+        for message in sample.messages:
+            parts = message["content"] if isinstance(message["content"], list) else [message["content"]]
+            for part in parts:
+                text = part if isinstance(part, str) else part.get("text")
+                if text is None:
+                    where = part.get("path", "no audio")
+                    text = f"<speech: {where} | transcript: {part.get('transcript')} | caption: {part.get('caption')}>"
+                print(f"{message['role']:>10}  {text}")
+        print(f"{'assistant':>10}  {sample.target}" + ("" if sample.complete else "  (cut: its end is not trained)"))
+    processor = AutoProcessor.from_pretrained(args.model or default_checkpoint())
+    print("--- batch")
+    for name, tensor in DualSLMCollator(processor)(samples).items():
+        print(f"{name:>22}  {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def align(args: argparse.Namespace) -> None:
+    """Let the frozen LLM answer the text twins of a table; its replies are the targets of behaviour alignment."""
+    from .alignment import Aligner, AlignmentConfig, align_rows
+    from .corpora.schema import Report, read_table, write_table
+    from .journal import Journal
+    from .tasks import cut_histories
+
+    rows = [row for row in read_table(args.table) if args.split in (None, row["split"])][: args.limit]
+    if args.cut:
+        rows = cut_histories(rows, args.seed)
+    config = AlignmentConfig(
+        args.max_new_tokens, args.temperature, args.repetition_penalty, args.batch_size, args.seed
+    )
+    aligner = Aligner(args.model, config, dtype=args.dtype, device=args.device, revision=args.revision)
+    report = Report()
+    count = write_table(align_rows(rows, aligner, Journal(f"{args.out}.replies.jsonl"), report), args.out)
+    if report:
+        print(report)
+    if aligner.seconds:
+        print(f"{aligner.tokens:,} tokens in {aligner.seconds:.0f} s, {aligner.tokens / aligner.seconds:.0f} tokens/s")
+    print(f"{count:,} rows in {args.out}")
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """What it costs; `reply`: seconds to the first token, `corpus`: rows to batches, `align`: batched generation."""
+    from .benchmark import benchmark_align, benchmark_corpus, benchmark_reply, show
+
+    if args.what == "reply":
+        model, processor = load(args)
+        result = benchmark_reply(model, processor, args.seconds, args.repeats, args.max_new_tokens)
+        print(json.dumps(result) if args.json else show(result))
+        return
+    result = benchmark_corpus() if args.what == "corpus" else benchmark_align()
+    for name, value in result.items():
+        print(f"{name:36} {value:,.2f}" if isinstance(value, float) else f"{name:36} {value:,}")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dual-slm", description="Speech language models that hear how it is said.")
+    from .corpora import CORPORA
+
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, function) -> argparse.ArgumentParser:
@@ -184,6 +333,70 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-new-tokens", type=int, default=96)
     sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
 
+    corpus = commands.add_parser(
+        "corpus", help="data sets as tables of conversations", description="Corpora as tables."
+    )
+    rooms = corpus.add_subparsers(dest="corpus", required=True, metavar="build | read | label | stats | show")
+
+    def room(name: str, function) -> argparse.ArgumentParser:
+        sub = rooms.add_parser(name, help=function.__doc__.split(";")[0].rstrip("."), description=function.__doc__)
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = room("build", corpus_build)
+    sub.add_argument("--out", default=None, metavar="DIR", help="folder that `corpus read folder` reads")
+    sub.add_argument("--texts", default=None, help="sentences, one a line, or a table (default: 500 of LibriSpeech)")
+    sub.add_argument("--hours", type=float, default=None, help="of audio (default 0.5; of a table, all rows)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--processes", type=int, default=None)
+    sub.add_argument("--list-voices", action="store_true", help="list the voices with their licences")
+
+    sub = room("read", corpus_read)
+    sub.add_argument("name", choices=CORPORA, help="; ".join(f"{name}: {c.about}" for name, c in CORPORA.items()))
+    sub.add_argument("--root", required=True, help="where the corpus was unpacked")
+    sub.add_argument("--out", required=True, metavar="TABLE", help="Parquet file")
+    sub.add_argument("--allow-missing-audio", action="store_true", help="keep rows without audio as text")
+    sub.add_argument("--role-reversed", action="store_true", help="StyleTalk: add the test with roles exchanged")
+
+    sub = room("label", corpus_label)
+    sub.add_argument("table")
+    sub.add_argument("--out", default=None, metavar="TABLE")
+    sub.add_argument("--thresholds", default="textrolspeech", help="textrolspeech, tertiles, or a .thresholds.json")
+    sub.add_argument("--overwrite", action="store_true", help="replace the labels and captions of the corpus too")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--processes", type=int, default=None)
+
+    sub = room("stats", corpus_stats)
+    sub.add_argument("tables", nargs="+", metavar="TABLE")
+    sub.add_argument("--out", default=None, metavar="PNG")
+    sub.add_argument("--tokenizer", default="smollm2-135m-instruct", help="whose tokens count positions")
+    sub.add_argument("--check", action="store_true", help="exit with 1 if a speaker or dialogue is in two splits")
+
+    sub = room("show", corpus_show)
+    sub.add_argument("table")
+    sub.add_argument("--model", default=None, help="checkpoint whose processor makes the batch")
+    sub.add_argument("--task", default=None, help="asr, gender, pitch, tempo, energy, emotion or dialogue")
+    sub.add_argument("--split", default="train")
+    sub.add_argument("--count", type=int, default=4)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--epoch", type=int, default=0)
+
+    sub = command("align", align)
+    sub.add_argument("table")
+    sub.add_argument("--out", required=True, metavar="TABLE")
+    sub.add_argument("--model", default="smollm2-135m-instruct", help="the LLM: Hub id, folder or pip-hosted backbone")
+    sub.add_argument("--revision", default=None)
+    sub.add_argument("--dtype", default="auto")
+    sub.add_argument("--device", default="cpu")
+    sub.add_argument("--split", default=None, help="only this split")
+    sub.add_argument("--limit", type=int, default=None, help="only so many rows")
+    sub.add_argument("--cut", action="store_true", help="one more row for each history, with a part of it")
+    sub.add_argument("--max-new-tokens", type=int, default=96)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    sub.add_argument("--repetition-penalty", type=float, default=1.0)
+    sub.add_argument("--batch-size", type=int, default=16)
+    sub.add_argument("--seed", type=int, default=0)
+
     sub = command("push", push)
     sub.add_argument("folder", help="checkpoint folder")
     sub.add_argument("--repo", required=True, help="user/name on the Hub")
@@ -192,7 +405,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--message", default="Upload checkpoint")
 
     sub = command("benchmark", benchmark)
-    sub.add_argument("what", choices=["reply"])
+    sub.add_argument("what", choices=["reply", "corpus", "align"])
     _model_arguments(sub)
     sub.add_argument("--seconds", type=float, default=4.0, help="length of the spoken turn")
     sub.add_argument("--repeats", type=int, default=7)
@@ -203,6 +416,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 1 with one line that says what went wrong."""
+    if not sys.stderr.isatty():  # a log file wants a line now and then, not a moving bar
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     args = build_parser().parse_args(argv)
     if "DUAL_SLM_DEBUG" not in os.environ:
         from transformers.utils import logging

@@ -26,7 +26,7 @@ from ..modeling_dual_slm import resolve_backbone
 from ..processing_dual_slm import CaptionSlots
 from .attributes import Thresholds
 from .backbones import ASSETS, fetch_backbone
-from .corpora.schema import read_folder
+from .corpora.folder import read_folder
 from .corpora.synthesis import build
 from .evaluation.hearing import evaluate_hearing, table
 from .features import FeatureCache

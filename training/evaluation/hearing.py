@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ..attributes import Thresholds, classify, measure
-from ..corpora.schema import read_folder
+from ..corpora.folder import read_folder
 from ..features import load_row
 
 ASR_CORPORA = ("librispeech_subset", "vctk_subset", "read_misc")

@@ -1,0 +1,7 @@
+"""The wordings of tasks, answers and captions: `assets/prompts.yaml`, a data file with a version."""
+
+import yaml
+
+from .backbones import ASSETS
+
+PROMPTS = yaml.safe_load((ASSETS / "prompts.yaml").read_text(encoding="utf-8"))
