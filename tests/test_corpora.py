@@ -3,6 +3,7 @@
 import collections
 import csv
 import errno
+import gc
 import itertools
 import json
 import logging
@@ -101,9 +102,10 @@ def styletalk(root):
     train = ("book_1", book, "book_1/c_2.wav", "book_1/r_2.wav", "B: I'll add it.  ", "  Awesome!", *styles)
     test = ("book_2", book, "book_2/c_0.wav", "book_2/r_0.wav", "B: Maybe.  ", "  Do.", *styles)
     other = ("trip_3", trip, "trip_3/c_0.wav", "trip_3/r_0.wav", "A: When do we leave?  ", "  Friday!", *styles)
-    table(root / "train.csv", STYLETALK, train)
+    twice = ("trip_4", trip, "trip_4/c_0.wav", "trip_4/r_0.wav", "B: So there.  ", "  Yes.", *styles)
+    table(root / "train.csv", STYLETALK, train, twice)
     table(root / "eval.csv", STYLETALK, test, other)
-    for record in (train, test, other):
+    for record in (train, twice, test, other):
         sound(root / "audio" / record[2])
         sound(root / "audio" / record[3], 0.25)
 
@@ -160,6 +162,7 @@ def folder(root):
 TREES = {f.__name__: f for f in (librispeech, meld, styletalk, dailytalk, ravdess, cremad, textrolspeech, folder)}
 BOOK = [assistant("I loved it!"), user("Oh, that's fantastic! Should I read it?"), assistant("It's worth the read.")]
 TRIP = [assistant("I booked a trip."), user("Oh wow!"), assistant("We deserve it.")]
+TURNED = [user("I booked a trip."), assistant("Oh wow!"), user("We deserve it.")]  # B speaks twice in a row
 LATE, EARLY, WHAT = "You're late, René.", "I'm not... \"You're early.\"", "what's that?"
 # Columns, and what they hold in a row.
 EXPECTED = {
@@ -186,6 +189,7 @@ EXPECTED = {
         "transcript response split emotion tempo energy history": None,
         "book_1/c_2": ("I'll add it.", "Awesome!", "train", "friendly", "slow", "low", BOOK),
         "trip_3/c_0": ("When do we leave?", "Friday!", "test", "friendly", "slow", "low", TRIP),
+        "trip_4/c_0": ("So there.", "Yes.", "train", "friendly", "slow", "low", TURNED),
     },
     "dailytalk": {
         "transcript gender emotion turn response history": None,
@@ -217,7 +221,7 @@ EXPECTED = {
         "root/3": ("no sound", None, "test", None, 3),
     },
 }
-COUNTED = {"librispeech": {"subset": 1}, "dailytalk": {"gap": 1}, "ravdess": {"song": 1}}
+COUNTED = {"librispeech": {"subset": 1}, "styletalk": {"gap": 1}, "dailytalk": {"gap": 1}, "ravdess": {"song": 1}}
 COUNTED["meld"] = {"gap": 1, "missing audio, kept": 9}
 
 
@@ -245,7 +249,7 @@ def test_each_corpus_in_its_own_layout(tmp_path, name):
 def test_styletalk_with_its_roles_reversed(tmp_path):
     styletalk(tmp_path)
     rows, _ = read("styletalk", tmp_path, role_reversed=True)
-    assert set(rows) == {"book_1/c_2", "book_2/c_0", "book_2/r_0", "trip_3/c_0", "trip_3/r_0"}
+    assert set(rows) == {"book_1/c_2", "trip_4/c_0", "book_2/c_0", "book_2/r_0", "trip_3/c_0", "trip_3/r_0"}
     row = rows["book_2/r_0"]
     flipped = [assistant(turn["content"]) if turn["role"] == "user" else user(turn["content"]) for turn in BOOK]
     assert row["history"] == [*flipped, assistant("Maybe.")]
@@ -587,6 +591,8 @@ def test_a_table_that_cannot_be_written_leaves_the_older_one(tmp_path, count, fa
     with pytest.raises(fault, match=message) as raised:
         write_table(rows(), path)
     assert fault is not OSError or raised.value.errno == errno.ENOSPC
+    del raised
+    gc.collect()  # Arrow formats the writer's error as it goes; within another module's import CPython 3.11 trips on that
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.parquet"]
 

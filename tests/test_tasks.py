@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 from conftest import make_model, tone
-from dual_slm.training.alignment import Aligner, AlignmentConfig, align_rows, fault_of
+from dual_slm.training.alignment import Aligner, AlignmentConfig, align_rows, fault_of, without_asides
 from dual_slm.training.attributes import Thresholds, describe, label_row, tertiles
 from dual_slm.training.cli import main
 from dual_slm.training.collator import DualSLMCollator
@@ -279,7 +279,6 @@ def test_a_template_that_hides_the_answer_is_refused(tiny_backbones):
         ("As an AI language model, I have no feelings.", "refusal"),
         ("I'm sorry, but I cannot help with that.", "refusal"),
         ("The transcript you gave is short.", "reply about the transcript or the caption"),
-        ("(smiling) That is nice!", "reply about the transcript or the caption"),
         ("Your low energy tells me a lot.", "reply about the transcript or the caption"),
         ("I passed it.", "reply that repeats the user"),
         ("We are here. " * 12, "reply that runs in circles"),
@@ -287,6 +286,12 @@ def test_a_template_that_hides_the_answer_is_refused(tiny_backbones):
 )
 def test_replies_that_are_no_targets(reply, fault):
     assert fault_of(reply, row()) == fault
+
+
+def test_asides_in_the_manner_of_the_caption_are_cut_out():
+    assert without_asides("(smiling) That is nice! [warm voice] I am glad (") == "That is nice! I am glad"
+    assert without_asides("Nothing to cut.") == "Nothing to cut."
+    assert fault_of(without_asides("(laughs)"), row()) == "empty reply"
 
 
 def test_alignment_answers_as_the_llm_does_alone(tiny_backbones, tmp_path):

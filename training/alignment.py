@@ -9,17 +9,18 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..modeling_dual_slm import fingerprint, name_in_errors, resolve_backbone
+from .collator import DualSLMCollator
 from .corpora.schema import Report
 from .journal import Journal
 from .prompts import PROMPTS
-from .tasks import spoken_part, system_prompt, text_twin
+from .tasks import Sample, spoken_part, system_prompt, text_twin
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ class Aligner:
         return results
 
 
+def without_asides(reply: str) -> str:
+    """The reply without stage directions in brackets, which a small LLM writes in the manner of the caption."""
+    text = re.sub(r"\s*(\([^()]{1,80}\)|\[[^\[\]]{1,80}\]|[(\[][^()\[\]]{0,80}$)", "", reply)
+    return re.sub(r"[ \t]+", " ", text).strip()
+
+
 def fault_of(reply: str, row: dict) -> str | None:
     """Why a reply is no target: it is empty, refuses, speaks about the form of its input, or repeats the user or itself."""
     text = reply.strip().lower()
@@ -146,12 +153,42 @@ def align_rows(rows: Iterable[dict], aligner: Aligner, journal: Journal, report:
             yield row
             continue
         answer = journal.values[keys[row["id"]]]
-        fault = fault_of(answer["reply"], row)
+        reply = without_asides(answer["reply"])
+        fault = fault_of(reply, row)
         if fault is not None:
             report.add(f"{fault}, no response", f"{row['id']}: {answer['reply'][:80]!r}")
             yield row | {"response": None, "response_complete": None}
             continue
         if not answer["complete"]:
             report.add("response cut by the length limit (its end is not trained)", row["id"])
-        about = {"system": asked[row["id"]][0], "response": answer["reply"], "response_complete": answer["complete"]}
-        yield row | about
+        if reply != answer["reply"]:
+            report.add("aside in brackets, cut out of the response", answer["reply"][:80])
+        yield row | {"system": asked[row["id"]][0], "response": reply, "response_complete": answer["complete"]}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The teacher of the KL objective
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def score_targets(samples: list[Sample], model, collator: DualSLMCollator, k: int = 32, batch_size: int = 8) -> dict:
+    """The frozen LLM's `k` most likely tokens at each token of a target, given the text twin of its conversation.
+
+    Args:
+        samples: dialogues with their targets.
+        model: whose `language_model` is the teacher.
+
+    Returns:
+        id -> ((n, k) token ids, (n, k) log-probabilities).
+    """
+    scores = {}
+    order = sorted(samples, key=lambda sample: sum(len(str(m["content"])) for m in sample.messages))
+    for start in tqdm(range(0, len(order), batch_size), desc="teacher", unit=" batches"):
+        part = [replace(sample, messages=text_twin(sample.messages)) for sample in order[start : start + batch_size]]
+        batch = collator(part)
+        output = model(**batch, only_targets=True)
+        for sample, logits, labels in zip(part, output.logits, output.labels, strict=True):
+            best = logits[labels != -100].float().log_softmax(-1).topk(k)
+            scores[sample.id] = (best.indices, best.values)
+    return scores

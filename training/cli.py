@@ -1,4 +1,4 @@
-"""The command line: `dual-slm backbones | reply | corpus | align | push | benchmark`."""
+"""The command line: `dual-slm backbones | reply | corpus | align | train | push | benchmark`."""
 
 import argparse
 import json
@@ -167,7 +167,7 @@ def corpus_build(args: argparse.Namespace) -> None:
         raise ValueError("--out DIR says where the corpus is made.")
     texts = read_texts(args.texts)
     hours = args.hours if args.hours is not None or isinstance(texts[0], dict) else 0.5
-    print(build(texts, args.out, hours, args.seed, args.processes))
+    print(build(texts, args.out, hours, args.seed, args.processes, tuple(args.engines)))
 
 
 def corpus_read(args: argparse.Namespace) -> None:
@@ -295,6 +295,24 @@ def align(args: argparse.Namespace) -> None:
     print(f"{count:,} rows in {args.out}")
 
 
+def train(args: argparse.Namespace) -> None:
+    """Run a recipe; features, warm start, the three stages, checkpoint."""
+    from .recipe import RECIPES, load_recipe
+    from .run import plan, run
+
+    if args.list:
+        for path in sorted(RECIPES.glob("*.yaml")):
+            print(f"{path.stem:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+        return
+    if not args.recipe or not (args.output or args.dry_run):
+        raise ValueError("--recipe NAME_OR_FILE and --output DIR are needed (--list shows the recipes there are).")
+    recipe = load_recipe(args.recipe, args.set)
+    if args.dry_run:
+        print(plan(recipe, args.output))
+        return
+    print(run(recipe, args.output, resume=args.resume))
+
+
 def benchmark(args: argparse.Namespace) -> None:
     """What it costs; `reply`: seconds to the first token, `corpus`: rows to batches, `align`: batched generation."""
     from .benchmark import benchmark_align, benchmark_corpus, benchmark_reply, show
@@ -349,6 +367,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--hours", type=float, default=None, help="of audio (default 0.5; of a table, all rows)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--processes", type=int, default=None)
+    sub.add_argument("--engines", nargs="+", default=["piper", "flite", "espeak-ng"], help="whose voices speak")
     sub.add_argument("--list-voices", action="store_true", help="list the voices with their licences")
 
     sub = room("read", corpus_read)
@@ -396,6 +415,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--repetition-penalty", type=float, default=1.0)
     sub.add_argument("--batch-size", type=int, default=16)
     sub.add_argument("--seed", type=int, default=0)
+
+    sub = command("train", train)
+    sub.add_argument("--recipe", default=None, help="a recipe of the package, or a YAML file")
+    sub.add_argument("--output", default=None, metavar="DIR", help="the run's folder")
+    sub.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="for example stages.0.learning_rate=1e-4"
+    )
+    sub.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    sub.add_argument("--dry-run", action="store_true", help="print the plan: rows, steps, memory, hours")
+    sub.add_argument("--list", action="store_true", help="list the recipes")
 
     sub = command("push", push)
     sub.add_argument("folder", help="checkpoint folder")

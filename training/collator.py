@@ -1,9 +1,14 @@
 """Samples -> one padded batch: prompts through the processor, targets behind them, a loss on the targets alone."""
 
+from dataclasses import dataclass, replace
+
 import torch
 
 from ..processing_dual_slm import DualSLMProcessor
-from .tasks import Sample
+from .err import Sources
+from .features import FeatureStore, pad_frames
+from .tasks import TASKS, Sample
+from .warm_start import Speller
 
 
 class DualSLMCollator:
@@ -70,3 +75,95 @@ class DualSLMCollator:
         if self.with_prompts:
             batch |= {"prompt_input_ids": prompts, "prompt_attention_mask": mask}
         return batch | inputs
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample of training: its row, and where its branches come from. `teacher` holds the frozen LLM's most likely
+    tokens at each token of the target, (n, k) ids and log-probabilities."""
+
+    sample: Sample
+    row: dict
+    sources: Sources
+    teacher: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class TrainingCollator(DualSLMCollator):
+    """Items -> batch, with the encoder's features from the cache.
+
+    Args:
+        processor: of the model.
+        store: features of every clip.
+        speller: adds `ctc_labels` for a share of the CTC loss.
+        captions: adds `caption_labels` for a share of the loss on caption slots.
+        with_prompts: see [`DualSLMCollator`].
+    """
+
+    def __init__(
+        self,
+        processor: DualSLMProcessor,
+        store: FeatureStore,
+        speller: Speller | None = None,
+        captions: bool = False,
+        with_prompts: bool = False,
+    ):
+        super().__init__(processor, with_prompts)
+        self.store, self.speller = store, speller
+        self.slots = processor.caption_slots if captions else None
+
+    def __call__(self, items: list[Item]) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            As [`DualSLMCollator`], with `audio_states` (A, L, T, C), `audio_lengths` (A,), `audio_pooled`,
+            `audio_branches` and `audio_trained` (A, 2) in place of the log-mel, `task_ids` (B,), and where asked for
+            `ctc_labels` (A, U), `caption_labels` (A, N), `teacher_ids` and `teacher_log_probs` (targets, k).
+        """
+        frames, pooled, branches, samples = [], [], [], []
+        for item in items:
+            heard = [source == "speech" for source in item.sources[:2]]
+            branches.append(heard)
+            real = self.store.get(item.row)
+            frames.append(real if self.store.all_layers else real[None])
+            if self.store.pools:
+                pooled.append(self.store.get(item.row, "pooled"))
+            samples.append(self._with_sources(item, real.shape[-2]))
+        batch = super().__call__(samples)
+        states, lengths = pad_frames(frames)
+        batch |= {"audio_states": states, "audio_lengths": lengths, "audio_branches": torch.tensor(branches).long()}
+        batch["audio_trained"] = torch.tensor([item.sources[2:] for item in items])
+        batch["task_ids"] = torch.tensor([TASKS.index(item.sample.task) for item in items])
+        if pooled:
+            batch["audio_pooled"] = torch.stack(pooled)
+        if self.speller is not None:
+            spelled = [torch.tensor(self.speller(item.row["transcript"] or ""), dtype=torch.long) for item in items]
+            batch["ctc_labels"] = torch.nn.utils.rnn.pad_sequence(spelled, batch_first=True, padding_value=-100)
+        if self.slots is not None:
+            batch["caption_labels"] = torch.tensor([self._slot_targets(item.row) for item in items])
+        known = next((item.teacher for item in items if item.teacher is not None), None)
+        if known is not None:
+            counts = [int((row != -100).sum()) for row in batch["labels"]]
+            nothing = (torch.zeros_like(known[0][:1]), torch.full_like(known[1][:1], -torch.inf))
+            parts = [
+                item.teacher or tuple(part.expand(count, -1) for part in nothing)
+                for item, count in zip(items, counts, strict=True)
+            ]
+            batch["teacher_ids"] = torch.cat([ids for ids, _ in parts])
+            batch["teacher_log_probs"] = torch.cat([log_probs for _, log_probs in parts])
+        return batch
+
+    @staticmethod
+    def _with_sources(item: Item, num_frames: int) -> Sample:
+        """The sample whose spoken turn has the drawn sources, and no audio to load."""
+        *earlier, turn = item.sample.messages
+        content = []
+        for part in turn["content"]:
+            if part["type"] == "audio":
+                sources = {"paralinguistic": item.sources.paralinguistic, "linguistic": item.sources.linguistic}
+                part = {key: value for key, value in part.items() if key != "path"} | sources
+                part["num_frames"] = num_frames
+            content.append(part)
+        return replace(item.sample, messages=[*earlier, turn | {"content": content}])
+
+    def _slot_targets(self, row: dict) -> list[int]:
+        labels = self.slots.labels
+        return self.slots.targets({name: row[name] for name in labels if row[name] in labels[name]})

@@ -1,25 +1,28 @@
-"""Encoder features of a table, computed once and kept on disk: the frozen encoder does not run again in training.
+"""Encoder features of clips, computed once and kept on disk: the frozen encoder does not run again in training.
 
-Shards are safetensors, memory-mapped when read; a shard appears complete or not at all, so an interrupted run goes on
-where it stopped.
+A clip is known by its audio's content; a folder of shards by the encoder, its padding and what the adapters read. Shards
+are safetensors, memory-mapped when read; each appears complete or not at all, so an interrupted build goes on.
 """
 
 import copy
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..processing_dual_slm import DualSLMProcessor, load_audio
-from .attributes import measure
 from .corpora.synthesis import degrade
+
+FRAMES_PER_SECOND = 50
+SHARD = 512  # clips
 
 
 def load_row(row: dict, sampling_rate: int = 16_000) -> np.ndarray:
@@ -35,103 +38,204 @@ def load_row(row: dict, sampling_rate: int = 16_000) -> np.ndarray:
 
 
 class _Batches(torch.utils.data.Dataset):
-    """Loads, measures and extracts in worker processes; one item is one batch."""
+    """Loads and extracts in worker processes; one item is one batch, or what is wrong with one of its clips."""
 
-    def __init__(self, rows: list[dict], batches: list[list[int]], processor: DualSLMProcessor, measured: bool):
-        self.rows, self.batches, self.processor, self.measured = rows, batches, processor, measured
+    def __init__(self, batches: list[list[dict]], processor: DualSLMProcessor):
+        self.batches, self.processor = batches, processor
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> tuple[dict | None, list[int], list[str]]:
         torch.set_num_threads(1)
-        rows = [self.rows[i] for i in self.batches[index]]
-        clips = [load_row(row, self.processor.sampling_rate) for row in rows]
-        item = dict(self.processor.extract_features(clips))
-        if self.measured:
-            values = [
-                measure(c, self.processor.sampling_rate, r["transcript"]) for c, r in zip(clips, rows, strict=True)
-            ]
-            names = ("pitch", "energy", "tempo")
-            item["measured"] = torch.tensor([[np.nan if v[n] is None else v[n] for n in names] for v in values])
-        return item
+        clips, kept, faults = [], [], []
+        for place, row in enumerate(self.batches[index]):
+            try:
+                clips.append(load_row(row, self.processor.sampling_rate))
+                kept.append(place)
+            except (ValueError, OSError) as error:
+                faults.append(f"{row['id']}: {error}")
+        return (dict(self.processor.extract_features(clips)) if clips else None), kept, faults
 
 
-class FeatureCache:
-    """What the adapters need of each row: `frames` (T, C) of the last layer for the linguistic one, or `pooled`
-    statistics (L, 2 C) and the measured pitch, energy and tempo for the paralinguistic one.
+class FeatureStore:
+    """Features of any clips for the adapters of one model: `frames` (T, C), the encoder's last layer, and where the
+    paralinguistic adapter reads nothing but statistics, these as `pooled` (L, 2 C); where it mixes layers frame by frame,
+    `frames` is (L, T, C).
 
     Args:
-        folder: where shards are kept, in a subfolder named by the rows, the encoder and its padding.
-        rows: the table.
-        kind: "frames" or "pooled".
+        folder: where the shards of all encoders are kept.
+        config: of the model.
+        bits: 16, or 8 with a scale for each channel of a clip (half the disk).
     """
 
-    def __init__(self, folder: str | Path, rows: list[dict], kind: str, config):
-        key = json.dumps(
-            [[r["id"], r["audio"], r.get("augment")] for r in rows]
-            + [kind, config.audio_model_fingerprint, config.encoder_padding, config.paralinguistic_layer_mix]
-        )
-        self.folder = Path(folder) / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        self.rows, self.kind = rows, kind
-        self._open: dict[int, object] = {}
+    def __init__(self, folder: str | Path, config, bits: int = 16):
+        if bits not in (8, 16):
+            raise ValueError(f"features are kept in 16 or 8 bits, not {bits}.")
+        self.pools = config.paralinguistic_pooling == "statistics" and not config.paralinguistic_num_layers
+        self.all_layers = config.paralinguistic_layer_mix and not self.pools
+        identity = [config.audio_model_fingerprint, config.encoder_padding, self.pools, self.all_layers]
+        identity += [config.paralinguistic_layer_mix, bits]
+        self.folder = Path(folder) / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        self.bits, self.width = bits, config.audio_hidden_size
+        self.layers = config.audio_num_layers if self.all_layers else 1
+        self._shards: dict[str, str] = {}  # clip -> shard
+        self._open: dict[str, object] = {}
+        self._hashes: dict[tuple[str, int | None], str] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._index(path)
+
+    def _index(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as shard:
+                names = list(shard.keys())
+        except SafetensorError as error:
+            raise ValueError(
+                f"the feature shard {path} is damaged ({error}). Delete it: only its clips are computed again."
+            ) from None
+        for name in names:
+            clip, _, kind = name.partition(".")
+            if kind == "frames":
+                self._shards[clip] = path.name
+
+    def key(self, row: dict) -> str:
+        """The clip of a row, by the content of its file."""
+        place = (row["audio"], row.get("augment"))
+        if place not in self._hashes:
+            digest = hashlib.sha256(Path(row["audio"]).read_bytes())
+            if row.get("augment") is not None:
+                digest.update(f"/{row['id']}/{row['augment']}".encode())
+            self._hashes[place] = digest.hexdigest()[:32]
+        return self._hashes[place]
+
+    def __contains__(self, row: dict) -> bool:
+        return self.key(row) in self._shards
+
+    def missing(self, rows: list[dict]) -> list[dict]:
+        """One row for each clip that is not there yet."""
+        todo = {self.key(row): row for row in rows if row not in self}
+        return list(todo.values())
+
+    def size(self, rows: list[dict]) -> int:
+        """About how many bytes the missing clips will take."""
+        seconds = sum(row.get("duration") or 5.0 for row in self.missing(rows))
+        return int(seconds * FRAMES_PER_SECOND * self.layers * self.width * self.bits / 8)
 
     def build(
-        self, model: DualSLMForConditionalGeneration, processor: DualSLMProcessor, shard: int = 512
-    ) -> "FeatureCache":
-        """Computes the shards that are missing. The encoder runs in bfloat16, batches of similar length at a time."""
-        self.shard = shard
+        self,
+        rows: list[dict],
+        model: DualSLMForConditionalGeneration,
+        processor: DualSLMProcessor,
+        skip_damaged: bool = False,
+        workers: int = 2,
+    ) -> list[dict]:
+        """Computes what is missing and returns the rows that have features: all, or with `skip_damaged` those whose audio
+        could be read. The encoder runs in bfloat16, batches of similar length at a time.
+
+        Raises:
+            OSError: the disk has no room for it, told before anything is computed.
+            ValueError: a clip cannot be read (the row is named), unless `skip_damaged`.
+        """
+        todo = self.missing(rows)
+        if not todo:
+            return rows
         self.folder.mkdir(parents=True, exist_ok=True)
-        numbers = [n for n in range(-(-len(self.rows) // shard)) if not self._path(n).is_file()]
-        if not numbers:
-            return self
+        need, free = self.size(rows), shutil.disk_usage(self.folder).free
+        print(f"features of {len(todo):,} clips: about {need / 2**20:,.0f} MiB in {self.folder}", flush=True)
+        if need > free:
+            raise OSError(
+                f"the features need about {need / 2**20:,.0f} MiB in {self.folder}, {free / 2**20:,.0f} MiB are free. Free "
+                "some, name another feature folder, or keep them in 8 bits."
+            )
+        todo.sort(key=lambda row: row.get("duration") or os.path.getsize(row["audio"]))
+        # Shards hold clips of all lengths, so that one is not all of the long ones.
+        count = -(-len(todo) // SHARD)
         tower = model.audio_tower
         model.audio_tower = copy.deepcopy(tower).to(torch.bfloat16)  # a copy: there is no way back from bfloat16
+        bad = []
         try:
-            for number in tqdm(numbers, desc=f"{self.kind} of {len(self.rows)} clips", unit="shard"):
-                self._build_shard(number, model, processor)
+            for number in tqdm(range(count), desc="encoder features", unit=" shards"):
+                bad += self._build_shard(todo[number::count], model, processor, skip_damaged, workers)
         finally:
             model.audio_tower = tower
-        return self
+        for fault in bad:
+            print(f"left out, its audio cannot be read: {fault}", flush=True)
+        return [row for row in rows if row in self] if bad else rows
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:05d}.safetensors"
-
-    def _build_shard(self, number: int, model, processor) -> None:
-        first = number * self.shard
-        indices = range(first, min(first + self.shard, len(self.rows)))
-        order = sorted(indices, key=lambda i: self.rows[i].get("duration") or os.path.getsize(self.rows[i]["audio"]))
-        batches = [order[i : i + 32] for i in range(0, len(order), 32)]
-        data = _Batches(self.rows, batches, processor, measured=self.kind == "pooled")
-        loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2)
-        tensors = {}
-        for batch, item in zip(batches, loader, strict=True):
-            measured = item.pop("measured", None)
+    def _build_shard(self, rows: list[dict], model, processor, skip_damaged: bool, workers: int) -> list[str]:
+        batches = [rows[i : i + 32] for i in range(0, len(rows), 32)]
+        loader = torch.utils.data.DataLoader(_Batches(batches, processor), batch_size=None, num_workers=workers)
+        tensors, bad = {}, []
+        for batch, (item, kept, faults) in zip(batches, loader, strict=True):
+            if faults and not skip_damaged:
+                raise ValueError(
+                    f"audio that cannot be read: {faults[0]} Repair it, or skip such rows (skip_damaged)."
+                )
+            bad += faults
+            if item is None:
+                continue
             with torch.inference_mode():
-                states, lengths = model.encode_audio(**item, all_layers=self.kind == "pooled")
-                if self.kind == "pooled":
-                    pooled = model.paralinguistic_adapter.pool(states, lengths)
-            for place, index in enumerate(batch):
-                if self.kind == "pooled":
-                    tensors[f"{index}.pooled"] = pooled[place].contiguous()
-                    tensors[f"{index}.measured"] = measured[place].contiguous()
+                states, lengths = model.encode_audio(**item, all_layers=model.config.paralinguistic_layer_mix)
+                pooled = model.paralinguistic_adapter.pool(states, lengths) if self.pools else None
+            for place, index in enumerate(kept):
+                clip = self.key(batch[index])
+                frames = states[place, :, : lengths[place]] if self.all_layers else states[place, -1, : lengths[place]]
+                if self.bits == 8:
+                    scale = frames.abs().amax(dim=-2, keepdim=True).clamp(min=1e-8) / 127
+                    tensors[f"{clip}.scale"] = scale.contiguous()
+                    tensors[f"{clip}.frames"] = (frames / scale).round().to(torch.int8).contiguous()
                 else:
-                    tensors[f"{index}.frames"] = states[place, -1, : lengths[place]].half().contiguous()
-        scratch = self._path(number).with_suffix(".part")
-        save_file(tensors, scratch)
-        os.replace(scratch, self._path(number))
+                    tensors[f"{clip}.frames"] = frames.half().contiguous()
+                if pooled is not None:
+                    tensors[f"{clip}.pooled"] = pooled[place].contiguous()
+        if tensors:
+            name = hashlib.sha256("".join(sorted(tensors)).encode()).hexdigest()[:16]
+            path = self.folder / f"{name}.safetensors"
+            scratch = path.with_suffix(f".part{os.getpid()}")
+            try:
+                save_file(tensors, scratch)
+                os.replace(scratch, path)
+            except SafetensorError as error:
+                raise OSError(f"the feature shard {path} was not written ({error}). Is the disk full?") from None
+            finally:
+                scratch.unlink(missing_ok=True)
+            self._index(path)
+        return bad
 
-    def get(self, index: int, name: str) -> torch.Tensor:
-        number = index // self.shard
-        if number not in self._open:
-            self._open[number] = safe_open(self._path(number), framework="pt")
-        return self._open[number].get_tensor(f"{index}.{name}")
+    def get(self, row: dict, kind: str = "frames") -> torch.Tensor:
+        """`frames` or `pooled` of a row's clip, float32.
+
+        Raises:
+            ValueError: the clip was never built, or its shard is damaged.
+        """
+        clip = self.key(row)
+        if clip not in self._shards:
+            raise ValueError(
+                f"{row['id']}: no features of {row['audio']}; the file has changed since they were built."
+            )
+        name = self._shards[clip]
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, framework="pt")
+        shard = self._open[name]
+        tensor = shard.get_tensor(f"{clip}.{kind}").float()
+        if self.bits == 8 and kind == "frames":
+            tensor = tensor * shard.get_tensor(f"{clip}.scale")
+        return tensor
+
+    def length(self, row: dict) -> int:
+        """Frames of a row's clip."""
+        clip = self.key(row)
+        name = self._shards[clip]
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, framework="pt")
+        return self._open[name].get_slice(f"{clip}.frames").get_shape()[-2]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": {}}
 
 
 def pad_frames(frames: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(T, C) each -> (A, T, C) float32 and (A,) lengths."""
-    lengths = torch.tensor([len(f) for f in frames])
-    return torch.nn.utils.rnn.pad_sequence(frames, batch_first=True).float(), lengths
+    """(..., T, C) each -> (A, ..., T, C) float32 and (A,) lengths."""
+    lengths = torch.tensor([f.shape[-2] for f in frames])
+    longest = int(lengths.max())
+    return torch.stack([torch.nn.functional.pad(f, (0, 0, 0, longest - f.shape[-2])) for f in frames]), lengths

@@ -1,35 +1,43 @@
-"""Makes the released checkpoint `dual-slm-smollm2-135m` again, from raw audio to the card.
+"""A recipe -> features -> warm start -> stages -> checkpoint. A run that was killed goes on to the same result.
 
-    python -m dual_slm.training.run --data ../shared/data --work runs/smollm2 --output model_cards/dual-slm-smollm2-135m
-
-Synthetic speech and encoder features are kept in `--work` and not made again; the training itself starts anew.
+RUN/recipe.yaml  environment.json        how it was made
+RUN/corpus/  features/  responses.parquet  the data, made once
+RUN/stage-0/  stage-1-NAME/ ...          each with its log, curves and a finished checkpoint in final/
+RUN/final/                               the checkpoint: `from_pretrained` it
 """
 
-import argparse
 import collections
-import csv
-import gzip
+import hashlib
 import json
-import re
-import time
-from dataclasses import asdict
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from transformers import AutoFeatureExtractor, AutoTokenizer
+from accelerate import PartialState
+from safetensors.torch import load_file
+from transformers import AutoFeatureExtractor, AutoTokenizer, Seq2SeqTrainingArguments, TrainerCallback
 
 from .. import DualSLMForConditionalGeneration, DualSLMProcessor
 from ..configuration_dual_slm import WARM_START_ADAPTERS
 from ..modeling_dual_slm import resolve_backbone
 from ..processing_dual_slm import CaptionSlots
-from .attributes import Thresholds
-from .backbones import ASSETS, fetch_backbone
-from .corpora.folder import read_folder
-from .corpora.synthesis import build
-from .evaluation.hearing import evaluate_hearing, table
-from .features import FeatureCache
+from .alignment import Aligner, AlignmentConfig, align_rows, score_targets
+from .attributes import label_row, measure_rows, tertiles, write_thresholds
+from .backbones import BACKBONES, fetch_backbone
+from .collator import DualSLMCollator, Item, TrainingCollator
+from .corpora.folder import read
+from .corpora.schema import Report, check_rows, read_table, write_table
+from .corpora.synthesis import build, read_texts
+from .features import FeatureStore
+from .journal import Journal
+from .recipe import Recipe, StageRecipe
+from .tasks import parse_label, parse_transcript, tasks_of
+from .trainer import DualSLMTrainer, StageDataset, last_checkpoint, positions_floor
 from .warm_start import Speller, caption_targets, normalize, train_linguistic, train_paralinguistic
 
 CAPTION_TEMPLATE = "({gender} voice, {pitch} pitch, {tempo} tempo, {energy} energy, {emotion} emotion)"
@@ -40,204 +48,563 @@ ATTRIBUTE_LABELS = {
     "energy": ["low", "normal", "high"],
     "emotion": ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"],
 }
-# Real corpora and how many augmented copies of each clip are added. TESS is left out: its licence forbids derivatives.
-LINGUISTIC = {"librispeech_subset": 3, "librispeech_4spk": 3, "vctk_subset": 3, "asterisk_prompts": 1, "read_misc": 3}
-LINGUISTIC |= {"fsdd_subset": 0}
-PARALINGUISTIC = {
-    "ravdess": 4,
-    "librispeech_subset": 1,
-    "librispeech_4spk": 0,
-    "vctk_subset": 2,
-    "asterisk_prompts": 0,
-}
-PARALINGUISTIC_SYNTHETIC = 1_500  # clips
 
 
-def sentences(data: Path) -> list[str]:
-    """Texts to synthesise: LibriSpeech train-clean-100 without any speaker held out here, DailyTalk, StyleTalk train."""
-    held_out = set()
-    for folder in ("librispeech_subset", "librispeech_4spk", "read_misc"):
-        for row in read_folder(data / folder):
-            if row["split"] != "train" and row["speaker"]:
-                held_out.add(row["speaker"].split("_")[-1])
-    metadata = data / "metadata"
-    speakers = (metadata / "LibriSpeech/SPEAKERS.TXT").read_text(encoding="utf-8").splitlines()
-    allowed = {line.split("|")[0].strip() for line in speakers if "| train-clean-100" in line} - held_out
-    texts = []
-    with gzip.open(metadata / "LibriSpeech/transcripts_all.txt.gz", "rt", encoding="utf-8") as lines:
-        for line in lines:
-            name, text = line.split(" ", 1)
-            if name.split("-")[0] in allowed:
-                texts.append(text.strip().lower())
-    for line in (metadata / "DailyTalk/dailytalk_dialogs.jsonl").read_text(encoding="utf-8").splitlines():
-        texts += [turn["text"] for turn in json.loads(line)["turns"]]
-    with open(metadata / "StyleTalk/train.csv", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            texts += [re.sub(r"^[AB]\s*:\s*", "", row["curr_text"].strip()), row["res_text"].strip()]
-    return [text for text in texts if len(text.split()) >= 3]
+# --------------------------------------------------------------------------------------------------------------------
+# Model and data
+# --------------------------------------------------------------------------------------------------------------------
 
 
-def augmented(rows: list[dict], copies: int) -> list[dict]:
-    """The rows, and `copies` of each that `features.load_row` will change, every copy in its own way."""
-    return rows + [row | {"augment": copy} for copy in range(1, copies + 1) for row in rows]
+def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLMProcessor]:
+    """New adapters between the recipe's backbones, or those of the checkpoint it starts from."""
+    about, options = recipe.model, {"dtype": None if recipe.model.dtype == "auto" else recipe.model.dtype}
+    if about.load_in_4bit:
+        from transformers import BitsAndBytesConfig
 
-
-def training_rows(
-    data: Path, synthetic: Path, recipe: dict[str, int], limit_synthetic: int | None = None
-) -> list[dict]:
-    rows = []
-    for folder, copies in recipe.items():
-        train = [row for row in read_folder(data / folder) if row["split"] == "train" and row["transcript"]]
-        rows += augmented(train, copies)
-    return rows + read_folder(synthetic)[:limit_synthetic]
-
-
-def held_out_rows(data: Path, folder: str, split: str) -> list[dict]:
-    return [row for row in read_folder(data / folder) if row["split"] == split and row["transcript"]]
-
-
-def new_model() -> tuple[DualSLMForConditionalGeneration, DualSLMProcessor]:
-    audio, text = "whisper-base", "smollm2-135m-instruct"
-    for name in (audio, text):
-        fetch_backbone(name)
-    tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(text))
-    slots = CaptionSlots(tokenizer, CAPTION_TEMPLATE, ATTRIBUTE_LABELS)
-    fields = WARM_START_ADAPTERS | {
-        "num_paralinguistic_tokens": slots.num_slots,
-        "paralinguistic_soft_vocab_size": len(slots.token_ids),
-        "caption_template": CAPTION_TEMPLATE,
-        "attribute_labels": ATTRIBUTE_LABELS,
-    }
-    model = DualSLMForConditionalGeneration.from_backbones(audio, text, **fields)
-    extractor = AutoFeatureExtractor.from_pretrained(resolve_backbone(audio))
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
+    if about.start_from:
+        if about.config:
+            raise ValueError("model.config and model.start_from contradict: a checkpoint has a config of its own.")
+        model = DualSLMForConditionalGeneration.from_pretrained(about.start_from, **options)
+        return model, DualSLMProcessor.from_pretrained(about.start_from)
+    for name in (about.audio_model_id, about.text_model_id):
+        if name in BACKBONES:
+            fetch_backbone(name)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(about.text_model_id))
+    config, slots = {}, None
+    if about.adapters == "warm_start":
+        labels = about.config.get("attribute_labels", ATTRIBUTE_LABELS)
+        template = about.config.get("caption_template", CAPTION_TEMPLATE)
+        slots = CaptionSlots(tokenizer, template, labels)
+        config = WARM_START_ADAPTERS | {
+            "num_paralinguistic_tokens": slots.num_slots,
+            "paralinguistic_soft_vocab_size": len(slots.token_ids),
+            "linguistic_ctc_vocab_size": recipe.warm_start.pieces[-1],
+            "caption_template": template,
+            "attribute_labels": labels,
+        }
+    torch.manual_seed(recipe.train.seed)
+    model = DualSLMForConditionalGeneration.from_backbones(
+        about.audio_model_id, about.text_model_id, **options, **(config | about.config)
+    )
+    extractor = AutoFeatureExtractor.from_pretrained(resolve_backbone(about.audio_model_id))
     processor = DualSLMProcessor.from_config(model.config, extractor, tokenizer)
-    model.paralinguistic_adapter.soft_tokens.token_ids = torch.tensor(slots.token_ids)
+    if slots is not None:
+        model.paralinguistic_adapter.soft_tokens.token_ids = torch.tensor(slots.token_ids)
     return model, processor
 
 
-def word_errors(model, cache: FeatureCache, processor: DualSLMProcessor) -> float:
+@dataclass
+class Data:
+    """Rows with audio, by split, and what was found on the way."""
+
+    train: list[dict]
+    validation: list[dict]
+    test: list[dict]
+    fingerprint: str
+
+
+def load_data(recipe: Recipe, folder: Path) -> Data:
+    """The recipe's tables, or a small corpus that is synthesised and labelled; responses by the frozen LLM if asked for."""
+    about, tables = recipe.data, [Path(table) for table in recipe.data.tables]
+    if about.synthesise_hours > 0:
+        tables.append(_synthesised(recipe, folder))
+    rows = list(read_table(*tables))
+    silent = [row["id"] for row in rows if row["audio"] is None]
+    if silent:
+        print(f"{len(silent):,} rows have no audio and are left out, the first is {silent[0]}", flush=True)
+    gone = [row for row in rows if row["audio"] is not None and not Path(row["audio"]).is_file()]
+    if gone and not about.skip_damaged:
+        raise FileNotFoundError(
+            f"{len(gone):,} audio files are gone since the tables were made, the first is {gone[0]['audio']} of the row "
+            f"{gone[0]['id']}. Restore them, or set data.skip_damaged to leave such rows out."
+        )
+    for row in gone:
+        print(f"left out, its audio is gone: {row['id']} ({row['audio']})", flush=True)
+    lost = {row["id"] for row in gone}
+    rows = [row for row in rows if row["audio"] is not None and row["id"] not in lost]
+    wanted = any(stage.tasks.get("dialogue") for stage in recipe.stages)
+    if wanted and about.align_responses and any(row["response_complete"] is None for row in rows):
+        path = folder / "responses.parquet"
+        if not path.is_file():
+            config = AlignmentConfig(**{"seed": recipe.train.seed, **about.alignment})
+            aligner, report = Aligner(recipe.model.text_model_id, config), Report()
+            write_table(align_rows(rows, aligner, Journal(folder / "replies.jsonl"), report), path)
+            print(report, flush=True)
+        answers = {row["id"]: row for row in read_table(path)}
+        rows = [answers.get(row["id"], row) for row in rows]
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row['id']}\t{row['split']}\t{row['transcript']}\t{row['response']}\n".encode())
+    split = {name: [row for row in rows if row["split"] == name] for name in ("train", "validation", "test")}
+    if not split["train"] or not split["validation"]:
+        raise ValueError(
+            f"there are {len(split['train'])} training and {len(split['validation'])} validation rows; both are needed."
+        )
+    train = list(split["train"])
+    for row in split["train"]:
+        train += [row | {"augment": copy} for copy in range(1, about.augment.get(row["corpus"], 0) + 1)]
+    return Data(train, split["validation"], split["test"], digest.hexdigest())
+
+
+def _synthesised(recipe: Recipe, folder: Path) -> Path:
+    table = folder / "corpus.parquet"
+    if not table.is_file():
+        corpus = folder / "corpus"
+        engines = tuple(recipe.data.synthesise_engines)
+        if not (corpus / "metadata.jsonl").is_file():
+            build(read_texts(None), corpus, recipe.data.synthesise_hours, recipe.train.seed, engines=engines)
+        report = Report()
+        rows = list(check_rows(read(corpus, report), report))
+        if (
+            len({row["split"] for row in rows}) < 3
+        ):  # too few voices for splits by voice: by the clip's voice and tract
+            for row in rows:
+                row["split"] = ("train",) * 8 + ("validation", "test")
+                row["split"] = row["split"][int(hashlib.sha256(row["speaker"].encode()).hexdigest(), 16) % 10]
+        journal = Journal(folder / "measured.jsonl")
+        rows = list(measure_rows(rows, journal, report))
+        thresholds = tertiles(rows)
+        write_thresholds(thresholds, folder / "thresholds.json")
+        write_table((label_row(row, {"all": thresholds["all"]}, recipe.train.seed) for row in rows), table)
+        if report:
+            print(report, flush=True)
+    return table
+
+
+def training_texts(rows: list[dict]) -> collections.Counter:
+    """How often each word is said in the training rows and the package's sentences: what the pieces are chosen by."""
+    texts = [row["transcript"] for row in rows if row["transcript"]] + read_texts(None)
+    return collections.Counter(word for text in texts for word in normalize(text))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Stage 0
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def word_errors(model, store: FeatureStore, rows: list[dict], processor: DualSLMProcessor) -> float:
     """WER of `heard` on cached clips, over bare lower-case words: the quick figure that training is watched by."""
     import jiwer
 
     said, heard = [], []
     adapter, embedding = model.linguistic_adapter, model.get_input_embeddings()
     with torch.inference_mode():
-        for index, row in enumerate(cache.rows):
-            frames = cache.get(index, "frames").float()[None]
-            _, _, ids = adapter(frames, torch.tensor([frames.shape[1]]), embedding)
+        for row in rows:
+            frames = store.get(row)[None]
+            _, _, ids, _ = adapter(frames, torch.tensor([frames.shape[1]]), embedding)
             said.append(" ".join(normalize(row["transcript"])))
             heard.append(" ".join(normalize(processor.decode(ids))))
     return jiwer.wer(said, heard)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--hours", type=float, default=16.0, help="synthesised speech")
-    parser.add_argument(
-        "--steps", type=int, nargs=2, default=(500, 1700), help="CTC steps over 2,379 and 9,085 pieces"
-    )
-    parser.add_argument("--caption-steps", type=int, default=1500)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    started = time.time()
-    torch.manual_seed(args.seed)
-
-    synthetic = args.work / "synthetic"
-    texts = sentences(args.data)
-    if not (synthetic / "metadata.jsonl").is_file():
-        build(texts, synthetic, args.hours, args.seed)
-    model, processor = new_model()
-    features = args.work / "features"
-
-    def cached(rows: list[dict], kind: str) -> FeatureCache:
-        return FeatureCache(features, rows, kind, model.config).build(model, processor)
-
-    frames = cached(training_rows(args.data, synthetic, LINGUISTIC), "frames")
-    validation = cached(held_out_rows(args.data, "librispeech_subset", "validation"), "frames")
-    words = collections.Counter(word for text in texts for word in normalize(text))
-    tokenizer = processor.tokenizer
-    log = []
-    for index, (pieces, steps) in enumerate(zip((2_379, 9_085), args.steps, strict=True)):
-        log += train_linguistic(
-            model,
-            frames,
-            Speller(tokenizer, words, pieces),
-            steps,
-            seed=args.seed + index,
-            evaluate=lambda _: {"validation_wer": round(word_errors(model, validation, processor), 4)},
-        )
-    # Forty minutes of work, should anything below fail.
-    save_file(model.linguistic_adapter.state_dict(), args.work / "linguistic.safetensors")
-
-    pooled = cached(
-        training_rows(args.data, synthetic, PARALINGUISTIC, limit_synthetic=PARALINGUISTIC_SYNTHETIC), "pooled"
-    )
-    pooled_validation = cached(held_out_rows(args.data, "ravdess", "validation"), "pooled")
-    energy = [pooled.get(i, "measured")[1].item() for i in range(len(pooled.rows))]
-    thresholds = Thresholds(energy=tuple(round(float(q), 5) for q in np.quantile(energy, [1 / 3, 2 / 3])))
-    model.config.attribute_thresholds = asdict(thresholds)
-    targets = caption_targets(pooled, processor, thresholds)
-    held_out = caption_targets(pooled_validation, processor, thresholds)
-    log += train_paralinguistic(
-        model,
-        pooled,
-        targets,
-        args.caption_steps,
-        seed=args.seed,
-        evaluate=lambda _: slot_accuracy(model, pooled_validation, held_out, processor),
-    )
-    model.save_pretrained(args.output)
-    processor.save_pretrained(args.output)
-    about = {"seed": args.seed, "steps": args.steps, "hours": args.hours}
-    about["minutes"] = round((time.time() - started) / 60)
-    (args.output / "training_log.json").write_text(
-        json.dumps({**about, "log": log}, indent=1) + "\n", encoding="utf-8"
-    )
-    write_card(args.output, args.data)
-
-
-def slot_accuracy(model, cache: FeatureCache, targets: torch.Tensor, processor: DualSLMProcessor) -> dict[str, float]:
+def slot_accuracy(model, store: FeatureStore, rows: list[dict], processor: DualSLMProcessor) -> dict[str, float]:
     """Accuracy of each attribute's first slot on cached clips: the quick figure that training is watched by."""
-    pooled = torch.stack([cache.get(i, "pooled") for i in range(len(cache.rows))])
+    pooled, targets = torch.stack([store.get(row, "pooled") for row in rows]), caption_targets(rows, processor)
     with torch.inference_mode():
         adapter = model.paralinguistic_adapter
-        rows = adapter.soft_tokens.rows(model.get_input_embeddings())
-        best = adapter.soft_tokens.logits(adapter.project(pooled), rows).argmax(-1)
+        pieces = adapter.soft_tokens.rows(model.get_input_embeddings())
+        best = adapter.soft_tokens.logits(adapter.project(pooled), pieces).argmax(-1)
     figures = {}
     for name, place in processor.caption_slots.fields.items():
         known = targets[:, place.start] != -100
-        figures[name] = round((best[known, place.start] == targets[known, place.start]).float().mean().item(), 4)
+        if known.any():
+            figures[name] = round((best[known, place.start] == targets[known, place.start]).float().mean().item(), 4)
     return figures
 
 
-def write_card(checkpoint: Path, data: Path) -> None:
-    """Evaluates a checkpoint as a user loads it; writes evaluation.json and README.md (its text: assets/card.md) there."""
-    model = DualSLMForConditionalGeneration.from_pretrained(checkpoint)
-    processor = DualSLMProcessor.from_pretrained(checkpoint)
-    thresholds = Thresholds(**model.config.attribute_thresholds)
-    result = evaluate_hearing(model, processor, data, thresholds, resolve_backbone(model.config.audio_model_id))
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    (checkpoint / "evaluation.json").write_text(text, encoding="utf-8")
-    made = json.loads((checkpoint / "training_log.json").read_text(encoding="utf-8"))
-    examples = [f"| {e['said']} | {e['heard']} |" for e in result["asr"]["librispeech_subset"]["examples"][:5]]
-    linguistic = [entry for entry in made["log"] if entry["stage"] == "linguistic"]
-    card = (ASSETS / "card.md").read_text(encoding="utf-8")
-    card = card.format(
-        table=table(result),
-        examples="\n".join(examples),
-        pitch="{:.1f} and {:.1f} Hz".format(*thresholds.pitch),
-        energy="{:.4f} and {:.4f}".format(*thresholds.energy),
-        tempo="{:.3f} and {:.3f} s a word".format(*thresholds.tempo),
-        steps=" and ".join(str(steps) for steps in made["steps"]),
-        final_loss=linguistic[-1]["loss"],
-        **{name: made[name] for name in ("seed", "hours", "minutes")},
+def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureStore, data: Data) -> list[dict]:
+    """Stage 0: both adapters without the LLM."""
+    about, seed, log = recipe.warm_start, recipe.train.seed, []
+    spoken = [row for row in data.train if row["transcript"]]
+    heard = [row for row in data.validation if row["transcript"] and row["corpus"] != "ravdess"][:64]
+    words = training_texts(data.train)
+    for number, (pieces, steps) in enumerate(zip(about.pieces, about.steps, strict=True)):
+        log += train_linguistic(
+            model,
+            store,
+            spoken,
+            Speller(processor.tokenizer, words, pieces),
+            steps,
+            learning_rate=about.learning_rate,
+            frames_per_batch=about.frames_per_batch,
+            warmup=min(100, steps // 5),
+            seed=seed + number,
+            evaluate=lambda _: (
+                {"validation_wer": round(word_errors(model, store, heard, processor), 4)} if heard else {}
+            ),
+            evaluate_every=min(250, max(1, steps // 4)),
+            checkpoint=folder / f"linguistic-{number}.pt",
+        )
+    targets = caption_targets(data.train, processor)
+    known = (targets != -100).sum(1) > len(processor.caption_slots.fixed)
+    rows = [row for row, usable in zip(data.train, known, strict=True) if usable]
+    if rows and about.caption_steps:
+        log += train_paralinguistic(
+            model,
+            store,
+            rows,
+            targets[known],
+            about.caption_steps,
+            seed=seed,
+            evaluate=lambda _: slot_accuracy(model, store, data.validation, processor),
+            evaluate_every=min(250, max(1, about.caption_steps // 4)),
+            checkpoint=folder / "paralinguistic.pt",
+        )
+    return log
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Stages 1 to 3
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def validation_items(dataset: StageDataset, rows: list[dict], limit: int) -> list[Item]:
+    """Validation rows, the stage's tasks in turn, both branches from speech; sorted by size."""
+    tasks = list(dataset.stage.tasks)
+    able = {task: [row for row in rows if task in tasks_of(row)] for task in tasks}
+    items, number = [], 0
+    while len(items) < limit and any(number < len(able[task]) for task in tasks):
+        for task in tasks:
+            if number < len(able[task]):
+                item = dataset.item(able[task][number], task)
+                how, what = (
+                    "speech" if dataset.stage.branches in ("both", b) else "none"
+                    for b in ("paralinguistic", "linguistic")
+                )
+                items.append(Item(item.sample, item.row, item.sources._replace(paralinguistic=how, linguistic=what)))
+        number += 1
+    return sorted(items[:limit], key=lambda item: item.sample.duration or 0.0)
+
+
+def reply_metrics(items: list[Item], processor: DualSLMProcessor, read_aloud: int):
+    """Replies -> WER, accuracy and unparsed share of each task; some are printed."""
+    import jiwer
+
+    def compute(prediction) -> dict[str, float]:
+        ids = np.where(prediction.predictions == -100, processor.tokenizer.pad_token_id, prediction.predictions)
+        replies = processor.batch_decode(ids, skip_special_tokens=True)
+        figures, said, heard = collections.defaultdict(list), [], []
+        for item, reply in zip(items, replies, strict=True):
+            if item.sample.task == "asr":
+                said.append(" ".join(normalize(item.row["transcript"])) or "-")
+                heard.append(" ".join(normalize(parse_transcript(reply))))
+            elif item.sample.choices:
+                label = parse_label(reply, item.sample.choices)
+                figures[f"accuracy_{item.sample.task}"].append(label == item.sample.label)
+                figures["unparsed"].append(label is None)
+        step = max(1, len(items) // max(1, read_aloud))
+        for item, reply in list(zip(items, replies, strict=True))[::step][:read_aloud]:
+            print(
+                f"  {item.sample.task:>9}  wanted: {item.sample.target[:90]!r}\n{'':>11}  reply:  {reply.strip()[:90]!r}",
+                flush=True,
+            )
+        result = {name: float(np.mean(values)) for name, values in figures.items()}
+        return result | ({"wer": jiwer.wer(said, heard)} if said else {})
+
+    return compute
+
+
+class _Curves(TrainerCallback):
+    """Keeps the stage's log and draws it, at every evaluation."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_json(self.folder / "log.json", state.log_history)
+            plot_log(state.log_history, self.folder / "curves.png")
+
+
+def run_stage(
+    recipe: Recipe, stage: StageRecipe, folder: Path, model, processor, store, data: Data, resume: bool, teacher=None
+) -> list[dict]:
+    """One stage; the model holds its best adapters at the end."""
+    about = recipe.train
+    dataset = StageDataset(data.train, stage, about.seed, about.positional_randomness, teacher)
+    items = validation_items(
+        StageDataset(data.validation, stage, about.seed, about.positional_randomness),
+        data.validation,
+        recipe.data.validation_rows,
     )
-    (checkpoint / "README.md").write_text(card, encoding="utf-8")
-    print(table(result))
+    speller = None
+    if stage.ctc_share:
+        speller = Speller.of(processor.tokenizer, model.linguistic_adapter.soft_tokens.token_ids.tolist())
+    collator = TrainingCollator(processor, store, speller, captions=stage.caption_share > 0)
+    world = PartialState().num_processes
+    if about.batch_size % world:
+        raise ValueError(f"train.batch_size {about.batch_size} is no multiple of the {world} processes.")
+    longest = max(len(processor.tokenizer(item.sample.target)["input_ids"]) for item in items)
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(folder),
+        seed=about.seed,
+        data_seed=about.seed,
+        per_device_train_batch_size=about.batch_size // world,
+        per_device_eval_batch_size=max(1, about.batch_size // world),
+        gradient_accumulation_steps=about.gradient_accumulation_steps,
+        learning_rate=stage.learning_rate,
+        weight_decay=about.weight_decay,
+        max_grad_norm=about.max_grad_norm,
+        warmup_steps=stage.warmup_steps,
+        lr_scheduler_type=stage.lr_scheduler_type,
+        num_train_epochs=stage.epochs,
+        max_steps=stage.max_steps,
+        bf16=about.bf16,
+        gradient_checkpointing=about.activation_checkpointing,
+        use_cpu=not torch.cuda.is_available(),
+        eval_strategy="steps",
+        eval_steps=about.eval_steps,
+        save_strategy="steps",
+        save_steps=about.save_steps,
+        save_total_limit=2,
+        load_best_model_at_end=about.save_steps % about.eval_steps == 0,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=about.logging_steps,
+        logging_nan_inf_filter=False,
+        predict_with_generate=True,
+        generation_max_length=longest + 8,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=about.dataloader_workers,
+        accelerator_config={"split_batches": True, "dispatch_batches": False},
+        ddp_find_unused_parameters=False,
+        report_to=about.report_to or "none",
+        run_name=f"{recipe.name}/{stage.name}",
+        disable_tqdm=False,
+    )
+    trainer = DualSLMTrainer(
+        model=model,
+        args=arguments,
+        stage=stage,
+        train_dataset=dataset,
+        eval_dataset=items,
+        data_collator=collator,
+        evaluation_collator=TrainingCollator(processor, store, with_prompts=True),
+        processing_class=processor,
+        compute_metrics=reply_metrics(items, processor, recipe.data.read_aloud),
+        callbacks=[_Curves(folder)],
+    )
+    checkpoint = last_checkpoint(folder) if resume else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    figures = trainer.evaluate()
+    if PartialState().is_main_process:
+        write_json(folder / "log.json", trainer.state.log_history)
+        plot_log(trainer.state.log_history, folder / "curves.png")
+    return [{"stage": stage.name, **{k: v for k, v in figures.items() if isinstance(v, (int, float))}}]
 
 
-if __name__ == "__main__":
-    main()
+def plot_log(history: list[dict], path: Path) -> None:
+    """Losses, token accuracies and reply metrics over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    panels = (
+        ("loss", lambda k: "loss" in k),
+        ("token accuracy", lambda k: "token_accuracy" in k),
+        ("replies on validation", lambda k: k.startswith("eval_accuracy") or k in ("eval_wer", "eval_unparsed")),
+    )
+    names = sorted({name for entry in history for name in entry})
+    for axis, (title, wanted) in zip(axes, panels, strict=True):
+        for name in filter(wanted, names):
+            points = [(e["step"], e[name]) for e in history if name in e]
+            colour = f"C{hash_of(name.removeprefix('eval_')) % 10}"
+            axis.plot(*zip(*points, strict=True), "--" if name.startswith("eval_") else "-", label=name, color=colour)
+        axis.set(title=title + " (dashed: validation)" * (axis is not axes[2]), xlabel="step")
+        if axis.has_data():
+            axis.legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def hash_of(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The whole
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value) -> None:
+    """Atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def environment(data: Data) -> dict:
+    """What a run was made with."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "safetensors", "dual-slm")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **{name: version(name) for name in packages},
+        "data": {"fingerprint": data.fingerprint, "train": len(data.train), "validation": len(data.validation)},
+    }
+
+
+def finish(folder: Path, model, processor, log: list[dict]) -> None:
+    """Writes `final/`: complete or not there at all."""
+    final, scratch = folder / "final", folder / "final.part"
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch)
+    processor.save_pretrained(scratch)
+    write_json(scratch / "training_log.json", log)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(scratch, final)
+
+
+def restore(model, folder: Path) -> None:
+    """The adapters of a finished stage, into a model that has its backbones already."""
+    state = load_file(folder / "final" / "model.safetensors")
+    wrong = set(model.state_dict()) - set(model.frozen_keys()) ^ set(state)
+    if wrong:
+        raise ValueError(f"{folder / 'final'} does not fit the recipe's adapters: {', '.join(sorted(wrong)[:5])}.")
+    for name, tensor in state.items():  # buffers that change their size with the pieces too
+        module, _, leaf = name.rpartition(".")
+        if leaf == "token_ids":
+            setattr(model.get_submodule(module), leaf, tensor)
+    model.load_state_dict(state, strict=False)
+
+
+def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
+    """Runs a recipe; returns the checkpoint's folder.
+
+    Args:
+        recipe: what to do.
+        output: the run's folder. It must be new, unless `resume`, which goes on with a run of the same recipe.
+
+    Raises:
+        FileExistsError, ValueError: the folder holds a run already, or one of another recipe.
+    """
+    output, state = Path(output), PartialState()
+    kept = output / "recipe.yaml"
+    if kept.is_file():
+        if not resume:
+            raise FileExistsError(f"{output} holds a run already: --resume goes on with it, or name another --output.")
+        if kept.read_text(encoding="utf-8") != recipe.to_yaml():
+            raise ValueError(f"the recipe is not the one of {kept}; a run goes on with its own recipe.")
+    with state.main_process_first():
+        output.mkdir(parents=True, exist_ok=True)
+        if state.is_main_process:
+            kept.write_text(recipe.to_yaml(), encoding="utf-8")
+        model, processor = make_model(recipe)
+        data = load_data(recipe, output)
+        store = FeatureStore(output / "features", model.config, recipe.data.feature_bits)
+        skip = recipe.data.skip_damaged
+        data.train = store.build(data.train, model, processor, skip)
+        data.validation = store.build(data.validation, model, processor, skip)
+        if state.is_main_process:
+            write_json(output / "environment.json", environment(data))
+    log: list[dict] = []
+    if recipe.warm_start.enabled and not recipe.model.start_from:
+        folder = output / "stage-0"
+        with state.main_process_first():
+            if not (folder / "final" / "config.json").is_file():
+                log += warm_start(recipe, folder, model, processor, store, data)
+                finish(folder, model, processor, log)
+            else:
+                restore(model, folder)
+                log += json.loads((folder / "final" / "training_log.json").read_text(encoding="utf-8"))
+    teacher = None
+    if any(stage.objective != "ce" for stage in recipe.stages):
+        every = StageDataset(data.train, StageRecipe(name="teacher", tasks={"dialogue": 1.0}), recipe.train.seed)
+        samples = {row["id"]: every.item(row, "dialogue").sample for row in every.rows}
+        teacher = score_targets(list(samples.values()), model, DualSLMCollator(processor)).get
+    for number, stage in enumerate(recipe.stages, 1):
+        folder = output / f"stage-{number}-{stage.name}"
+        if (folder / "final" / "config.json").is_file():
+            restore(model, folder)
+            log = json.loads((folder / "final" / "training_log.json").read_text(encoding="utf-8"))
+            continue
+        print(f"stage {number}, {stage.name}", flush=True)
+        log = log + run_stage(recipe, stage, folder, model, processor, store, data, resume, teacher)
+        if state.is_main_process:
+            finish(folder, model, processor, log)
+        state.wait_for_everyone()
+    if state.is_main_process:
+        finish(output, model, processor, log)
+    state.wait_for_everyone()
+    return output / "final"
+
+
+def plan(recipe: Recipe, output: str | Path) -> str:
+    """What a run would do: rows, steps, memory and hours, without doing it."""
+    lines = [f"recipe {recipe.name}: {recipe.model.audio_model_id} + {recipe.model.text_model_id}"]
+    rows = [row for row in read_table(*recipe.data.tables) if row["audio"]] if recipe.data.tables else []
+    if recipe.data.synthesise_hours:
+        lines.append(f"data      {recipe.data.synthesise_hours} h to synthesise")
+    train = sum(1 + recipe.data.augment.get(row["corpus"], 0) for row in rows if row["split"] == "train")
+    hours = sum(row["duration"] or 0 for row in rows) / 3600
+    if rows:
+        lines.append(f"data      {train:,} training clips with augmented copies, {hours:.2f} h of audio in all splits")
+    if recipe.warm_start.enabled:
+        steps = " + ".join(map(str, recipe.warm_start.steps))
+        lines.append(f"stage 0   {steps} CTC steps, {recipe.warm_start.caption_steps} caption steps")
+    if not rows:  # about 4 s a clip
+        train = int(recipe.data.synthesise_hours * 900 * 0.85)
+        rows = [{"transcript": "x" * 50, "history": [], "response": "x" * 100, "split": "train"}]
+    from transformers import AutoConfig
+
+    text = AutoConfig.from_pretrained(resolve_backbone(recipe.model.text_model_id)).get_text_config()
+    rate, total = matrix_rate(recipe.model.dtype), 0.0
+    tokens = (
+        np.mean(
+            [
+                len(r["transcript"] or "") + sum(len(t["content"]) for t in r["history"]) + len(r["response"] or "")
+                for r in rows
+            ]
+        )
+        / 4
+        + 70
+    )
+    for number, stage in enumerate(recipe.stages, 1):
+        per_epoch = train // recipe.train.batch_size
+        steps = (
+            stage.max_steps
+            if stage.max_steps > 0
+            else int(stage.epochs * per_epoch / recipe.train.gradient_accumulation_steps)
+        )
+        flops = steps * recipe.train.batch_size * positions_floor(int(tokens), 20, text)
+        total += flops / rate
+        lines.append(
+            f"stage {number}   {stage.name}: {steps:,} steps of {recipe.train.batch_size}, floor {flops / rate / 60:,.1f} min"
+        )
+    width = {"float32": 4, "auto": 4}.get(recipe.model.dtype, 2) * (0.28 if recipe.model.load_in_4bit else 1)
+    size = positions_floor(1, 0, text) / 4 + text.vocab_size * text.hidden_size
+    activations = recipe.train.batch_size * tokens * text.num_hidden_layers * text.hidden_size * 34 * 2
+    if recipe.train.activation_checkpointing:
+        activations /= 12
+    lines.append(
+        f"memory    LLM {size * width / 2**30:.1f} GiB, activations about {activations / 2**30:.1f} GiB a batch"
+    )
+    lines.append(
+        f"time      at least {total / 3600:.2f} h at {rate / 1e12:.2f} TFLOPS measured here; expect 1.5 to 2 times that"
+    )
+    lines.append(f"output    {output}")
+    return "\n".join(lines)
+
+
+def matrix_rate(dtype: str = "auto", size: int = 2048) -> float:
+    """FLOPs a second of a square matrix product here, best of five."""
+    import time
+
+    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best

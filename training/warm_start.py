@@ -6,8 +6,10 @@ each of its outputs. Both read cached features of the frozen encoder.
 
 import collections
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +18,7 @@ from tqdm import tqdm
 
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..processing_dual_slm import DualSLMProcessor
-from .attributes import Thresholds, classify
-from .features import FeatureCache, pad_frames
+from .features import FeatureStore, pad_frames
 
 # --------------------------------------------------------------------------------------------------------------------
 # Spelling
@@ -42,7 +43,7 @@ class Speller:
     """
 
     def __init__(self, tokenizer, words: dict[str, int], size: int):
-        self.tokenizer = tokenizer
+        self._start(tokenizer)
         counts: collections.Counter[int] = collections.Counter()
         for word, count in words.items():
             for token in self._encode(word):
@@ -52,10 +53,24 @@ class Speller:
         spellings = [s + c for s in ("Ġ", "") for c in ("", *"abcdefghijklmnopqrstuvwxyz'")]
         letters = [known[spelling] for spelling in spellings if spelling in known]
         common = [token for token, _ in counts.most_common() if token not in set(letters)]
-        self.token_ids = (letters + common)[:size]
-        self.index = {token: i for i, token in enumerate(self.token_ids)}
-        self._strings = {tokenizer.convert_ids_to_tokens(token): i for i, token in enumerate(self.token_ids)}
+        self._use((letters + common)[:size])
+
+    @classmethod
+    def of(cls, tokenizer, token_ids: list[int]) -> "Speller":
+        """The speller over the pieces that an adapter has learnt (`soft_tokens.token_ids`)."""
+        speller = cls.__new__(cls)
+        speller._start(tokenizer)
+        speller._use(token_ids)
+        return speller
+
+    def _start(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
         self._words: dict[str, list[int]] = {}
+
+    def _use(self, token_ids: list[int]) -> None:
+        self.token_ids = token_ids
+        self.index = {token: i for i, token in enumerate(token_ids)}
+        self._strings = {self.tokenizer.convert_ids_to_tokens(token): i for i, token in enumerate(token_ids)}
 
     def _encode(self, word: str) -> list[int]:
         return self.tokenizer(" " + word, add_special_tokens=False)["input_ids"]
@@ -116,7 +131,8 @@ def mask_frames(states: torch.Tensor, lengths: torch.Tensor, generator: torch.Ge
 
 def train_linguistic(
     model: DualSLMForConditionalGeneration,
-    cache: FeatureCache,
+    store: FeatureStore,
+    rows: list[dict],
     speller: Speller,
     steps: int,
     learning_rate: float = 1e-3,
@@ -125,12 +141,14 @@ def train_linguistic(
     seed: int = 0,
     evaluate: Callable[[int], dict] | None = None,
     evaluate_every: int = 250,
+    checkpoint: Path | None = None,
 ) -> list[dict]:
     """CTC of the linguistic adapter over `speller`'s tokens; the LLM gives its embedding rows and never runs.
 
     Args:
-        cache: of rows with transcripts, kind "frames".
+        store, rows: features of these rows, which have transcripts.
         evaluate: called with the step every `evaluate_every` steps; returns figures for the log.
+        checkpoint: file that the run is kept in and, if it is there, goes on from, to the same result.
 
     Returns:
         The log: step, loss and what `evaluate` returned.
@@ -138,54 +156,76 @@ def train_linguistic(
     adapter, embedding = model.linguistic_adapter, model.get_input_embeddings()
     soft = adapter.soft_tokens
     widen(soft, speller.token_ids)
-    targets = [torch.tensor(speller(row["transcript"])) for row in cache.rows]
-    lengths = [len(cache.get(i, "frames")) for i in tqdm(range(len(cache.rows)), desc="lengths", leave=False)]
+    targets = [torch.tensor(speller(row["transcript"])) for row in rows]
+    lengths = [store.length(row) for row in tqdm(rows, desc="lengths", leave=False)]
     # CTC needs a frame for each piece and one between equal neighbours.
     room = [-(-length // adapter.rate) for length in lengths]
     usable = [i for i in range(len(targets)) if 0 < len(targets[i]) + _repeats(targets[i]) <= room[i]]
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # dropout
-    batches = batches_by_length([lengths[i] for i in usable], frames_per_batch, rng)
-    rows = soft.rows(embedding)
+    if not usable:
+        raise ValueError(f"none of the {len(rows)} rows has a transcript that its audio has room for.")
+    batches = batches_by_length([lengths[i] for i in usable], frames_per_batch, np.random.default_rng(seed))
+    pieces = soft.rows(embedding)
 
-    def loss() -> torch.Tensor:
+    def loss(generator: torch.Generator) -> torch.Tensor:
         batch = [usable[i] for i in next(batches)]
-        states, sizes = pad_frames([cache.get(i, "frames") for i in batch])
+        states, sizes = pad_frames([store.get(rows[i]) for i in batch])
         states = mask_frames(states, sizes, generator)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs = adapter.project(states, sizes)
-            logits = soft.logits(outputs, rows)
+            logits = soft.logits(outputs, pieces)
         return nn.functional.ctc_loss(
             logits.float().log_softmax(-1).transpose(0, 1),
             torch.cat([targets[i] for i in batch]),
             adapter.output_lengths(sizes),
             torch.tensor([len(targets[i]) for i in batch]),
-            blank=len(rows),
+            blank=len(pieces),
             zero_infinity=True,
         )
 
-    about = {"stage": "linguistic", "pieces": len(rows)}
+    about = {"stage": "linguistic", "pieces": len(pieces)}
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    return _descend(adapter, optimizer, loss, steps, warmup, about, evaluate, evaluate_every)
+
+    def skip(count: int) -> None:
+        for _ in range(count):
+            next(batches)
+
+    return _descend(adapter, optimizer, loss, steps, warmup, about, seed, evaluate, evaluate_every, checkpoint, skip)
 
 
 def _descend(
     adapter: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loss: Callable[[], torch.Tensor],
+    loss: Callable[[torch.Generator], torch.Tensor],
     steps: int,
     warmup: int,
     about: dict,
+    seed: int,
     evaluate: Callable[[int], dict] | None,
     evaluate_every: int,
+    checkpoint: Path | None,
+    skip: Callable[[int], None] | None = None,
 ) -> list[dict]:
-    """`steps` steps on `loss()` with a warm-up and a cosine; the log has a running loss and what `evaluate` returned."""
+    """`steps` steps on `loss` with a warm-up and a cosine; the log has a running loss and what `evaluate` returned.
+
+    Every draw of a step is seeded by (seed, step), so a run that goes on from its checkpoint is the uninterrupted one.
+    """
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, warmup, steps))
-    log, running = [], None
+    log, running, done = [], None, 0
+    if checkpoint is not None and checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True)
+        adapter.load_state_dict(state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        log, running, done = state["log"], state["running"], state["step"]
+        if skip is not None:
+            skip(done)
     adapter.train()
-    bar = tqdm(range(1, steps + 1), desc=", ".join(str(value) for value in about.values()))
+    bar = tqdm(
+        range(done + 1, steps + 1), desc=", ".join(str(value) for value in about.values()), initial=done, total=steps
+    )
     for step in bar:
-        value = loss()
+        torch.manual_seed(seed * 1_000_003 + step)  # dropout
+        value = loss(torch.Generator().manual_seed(seed * 1_000_003 + step))
         if not math.isfinite(value.item()):
             raise FloatingPointError(f"the loss is {value.item()} at step {step} of {about}: lower the learning rate.")
         optimizer.zero_grad()
@@ -203,6 +243,13 @@ def _descend(
                 adapter.train()
             log.append(entry)
             tqdm.write(str(entry))
+            if checkpoint is not None:
+                state = {"adapter": adapter.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                state |= {"schedule": schedule.state_dict(), "log": log, "running": running}
+                checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                scratch = checkpoint.with_suffix(".part")
+                torch.save(state, scratch)
+                os.replace(scratch, checkpoint)
     adapter.eval()
     return log
 
@@ -227,21 +274,17 @@ def _warm_cosine(step: int, warmup: int, total: int) -> float:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def caption_targets(cache: FeatureCache, processor: DualSLMProcessor, thresholds: Thresholds) -> torch.Tensor:
-    """(rows, N) indices of caption pieces; attributes measured in the clip, gender and emotion from the table."""
-    targets = []
-    for index, row in enumerate(cache.rows):
-        values = dict(zip(("pitch", "energy", "tempo"), cache.get(index, "measured").tolist(), strict=True))
-        measured = classify({k: None if math.isnan(v) else v for k, v in values.items()}, thresholds)
-        targets.append(
-            processor.caption_slots.targets({"gender": row["gender"], "emotion": row["emotion"], **measured})
-        )
-    return torch.tensor(targets)
+def caption_targets(rows: list[dict], processor: DualSLMProcessor) -> torch.Tensor:
+    """(rows, N) indices of caption pieces, -100 for what a row does not say."""
+    labels = processor.attribute_labels
+    known = [{name: row[name] for name in labels if row[name] in labels[name]} for row in rows]
+    return torch.tensor([processor.caption_slots.targets(attributes) for attributes in known])
 
 
 def train_paralinguistic(
     model: DualSLMForConditionalGeneration,
-    cache: FeatureCache,
+    store: FeatureStore,
+    rows: list[dict],
     targets: torch.Tensor,
     steps: int,
     learning_rate: float = 1e-3,
@@ -250,6 +293,7 @@ def train_paralinguistic(
     seed: int = 0,
     evaluate: Callable[[int], dict] | None = None,
     evaluate_every: int = 250,
+    checkpoint: Path | None = None,
 ) -> list[dict]:
     """Cross entropy of each output over the caption pieces, on cached pooled statistics (seconds a run).
 
@@ -257,21 +301,20 @@ def train_paralinguistic(
     clips without one do not drown them.
     """
     adapter = model.paralinguistic_adapter
-    rows = adapter.soft_tokens.rows(model.get_input_embeddings())
-    pooled = torch.stack([cache.get(i, "pooled") for i in range(len(cache.rows))])
+    pieces = adapter.soft_tokens.rows(model.get_input_embeddings())
+    pooled = torch.stack([store.get(row, "pooled") for row in rows])
     adapter.statistics_mean.copy_(pooled.mean(0))
     adapter.statistics_scale.copy_(pooled.std(0).clamp(min=1e-4))
-    felt = torch.tensor([row["emotion"] is not None for row in cache.rows])
+    felt = torch.tensor([row["emotion"] is not None for row in rows])
     weight = torch.where(felt, 0.5 / felt.sum().clamp(min=1), 0.5 / (~felt).sum().clamp(min=1))
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # dropout
 
-    def loss() -> torch.Tensor:
+    def loss(generator: torch.Generator) -> torch.Tensor:
         batch = torch.multinomial(weight, batch_size, replacement=True, generator=generator)
         inputs = pooled[batch]
         noise = torch.randn(inputs.shape, generator=generator) * adapter.statistics_scale
-        logits = adapter.soft_tokens.logits(adapter.project(inputs + 0.2 * noise), rows)
+        logits = adapter.soft_tokens.logits(adapter.project(inputs + 0.2 * noise), pieces)
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets[batch].flatten(), label_smoothing=0.05)
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    return _descend(adapter, optimizer, loss, steps, 50, {"stage": "paralinguistic"}, evaluate, evaluate_every)
+    about = {"stage": "paralinguistic"}
+    return _descend(adapter, optimizer, loss, steps, 50, about, seed, evaluate, evaluate_every, checkpoint)

@@ -47,6 +47,7 @@ VOICES = (
     Voice("espeak-ng", "en-gb+f3", "female", 0.03, "test", _ESPEAK),
     Voice("espeak-ng", "en-gb-scotland+m1", "male", 0.03, "train", _ESPEAK),
 )
+ENGINES = ("piper", "flite", "espeak-ng")
 BLOCK = 32  # clips that are made together: piper's noise depends on what its session has spoken before
 # Natural logarithm of the stretch, and gain below full scale in dB, of a style that a text asks for.
 _STRETCH = {"slow": (0.15, 0.40), "normal": (-0.08, 0.08), "fast": (-0.40, -0.15), None: (-0.35, 0.35)}
@@ -150,12 +151,19 @@ def degrade(audio: np.ndarray, rng: np.random.Generator, gain: tuple[float, floa
 
 
 def make_clip(
-    text: str, seed: int, index: int, tempo: str | None = None, energy: str | None = None
+    text: str,
+    seed: int,
+    index: int,
+    tempo: str | None = None,
+    energy: str | None = None,
+    engines: tuple[str, ...] = ENGINES,
 ) -> tuple[np.ndarray, dict]:
     """Clip number `index`: float32 samples at 16 kHz and what is known of it. `index` also says the voice, by `VOICES`'
-    shares; `tempo` (slow | normal | fast) and `energy` (low | normal | high) ask for a style."""
+    shares among the `engines`; `tempo` (slow | normal | fast) and `energy` (low | normal | high) ask for a style."""
     rng = np.random.default_rng([seed, index])
-    voice = VOICES[rng.choice(len(VOICES), p=[voice.share for voice in VOICES])]
+    voices = [voice for voice in VOICES if voice.engine in engines]
+    shares = np.array([voice.share for voice in voices])
+    voice = voices[rng.choice(len(voices), p=shares / shares.sum())]
     tract = math.exp(rng.uniform(-0.18, 0.22))  # > 1: a shorter vocal tract, a higher voice
     stretch = tract * math.exp(rng.uniform(*_STRETCH[tempo]))
     audio, rate = _speak(voice.engine, voice.name, text, stretch=stretch, rng=rng)
@@ -167,9 +175,9 @@ def make_clip(
     return audio.astype(np.float32), about
 
 
-def _make_block(job: tuple[int, list[dict], int, Path]) -> list[dict]:
+def _make_block(job: tuple[int, list[dict], int, Path, tuple[str, ...]]) -> list[dict]:
     """The clips of one block, all of them or, if all are there already, none."""
-    first, texts, seed, output = job
+    first, texts, seed, output, engines = job
     paths = [output / "audio" / f"{i // 1000:03d}" / f"{i:06d}.flac" for i in range(first, first + len(texts))]
     done = paths[0].with_name(f"block-{first:06d}.json")
     if done.is_file():
@@ -177,7 +185,7 @@ def _make_block(job: tuple[int, list[dict], int, Path]) -> list[dict]:
     _start_block(seed, first)
     rows = []
     for index, (path, item) in enumerate(zip(paths, texts, strict=True), first):
-        audio, about = make_clip(item["text"], seed, index, item.get("tempo"), item.get("energy"))
+        audio, about = make_clip(item["text"], seed, index, item.get("tempo"), item.get("energy"), engines)
         if len(audio) < 0.3 * SAMPLING_RATE:  # a voice that says nothing (flite on some words)
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +207,7 @@ def build(
     hours: float | None = None,
     seed: int = 0,
     processes: int | None = None,
+    engines: tuple[str, ...] = ENGINES,
 ) -> Path:
     """Speaks texts into a folder; returns its metadata file.
 
@@ -209,8 +218,12 @@ def build(
         hours: of audio.
         seed: of every draw.
         processes: default: one for each core.
+        engines: whose voices speak.
     """
     output = Path(output)
+    unknown = set(engines) - set(ENGINES)
+    if unknown or not engines:
+        raise ValueError(f"engines {', '.join(sorted(unknown)) or '(none)'}: there are {', '.join(ENGINES)}.")
     if not texts:
         raise ValueError("there is no text to speak.")
     spoken_once = isinstance(texts[0], dict)
@@ -229,7 +242,7 @@ def build(
                 for index in range(first, first + BLOCK):
                     rng = np.random.default_rng([seed, index, 1])
                     items.append({"text": span(sentences[int(rng.integers(len(sentences)))], rng)})
-            yield first, items, seed, output
+            yield first, items, seed, output, tuple(engines)
 
     rows, seconds, limit = [], 0.0, math.inf if hours is None else hours * 3600
     output.mkdir(parents=True, exist_ok=True)

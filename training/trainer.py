@@ -1,0 +1,365 @@
+"""Training through the frozen LLM: one stage of the paper (section III-C) is one run of `DualSLMTrainer`."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Seq2SeqTrainer, TrainerCallback
+
+from .collator import Item, TrainingCollator
+from .err import draw_sources
+from .recipe import StageRecipe
+from .tasks import TASKS, label_sets, make_sample, tasks_of
+
+
+class StageDataset(Dataset):
+    """Rows as the items of one stage. An item is a function of (seed, epoch, row) alone, whoever asks for it.
+
+    Args:
+        rows: with audio and features.
+        stage: its tasks with their shares, and how sources are drawn.
+        seed: of every draw.
+        positional_randomness: see `tasks.make_sample`.
+        teacher: (row id) -> the frozen LLM's log-probabilities of a dialogue's target.
+    """
+
+    def __init__(
+        self, rows: list[dict], stage: StageRecipe, seed: int, positional_randomness: bool = True, teacher=None
+    ):
+        self.stage, self.seed = stage, seed
+        self.positional_randomness, self.teacher = positional_randomness, teacher
+        self.choices = label_sets(rows)
+        self.rows = [row for row in rows if self._weights(row)]
+        if not self.rows:
+            raise ValueError(f"stage {stage.name}: no row has a target for any of {', '.join(stage.tasks)}.")
+
+    def _weights(self, row: dict) -> dict[str, float]:
+        return {task: self.stage.tasks[task] for task in tasks_of(row) if self.stage.tasks.get(task, 0) > 0}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        epoch, index = key
+        row = self.rows[index]
+        weights = self._weights(row)
+        draw = random.Random(f"task/{self.seed}/{epoch}/{row['id']}/{row.get('augment')}")
+        task = draw.choices(list(weights), list(weights.values()))[0]
+        return self.item(row, task, epoch)
+
+    def item(self, row: dict, task: str, epoch: int = 0) -> Item:
+        sample = make_sample(row, task, self.choices, self.seed, epoch, self.positional_randomness)
+        part = next(part for part in sample.messages[-1]["content"] if part["type"] == "audio")
+        sources = draw_sources(
+            sample.kind,
+            self.stage.err_stage,
+            self.seed,
+            epoch,
+            f"{row['id']}/{row.get('augment')}",
+            err=self.stage.err,
+            replaced_share=self.stage.replaced_share,
+            has_caption="caption" in part,
+            has_transcript="transcript" in part,
+        )
+        branches = self.stage.branches
+        if branches != "both":  # ablation: one adapter alone
+            how = "none" if branches == "linguistic" else "speech"
+            what = "none" if branches == "paralinguistic" else "speech"
+            sources = sources._replace(paralinguistic=how, linguistic=what)
+            sources = sources._replace(train_paralinguistic=how == "speech", train_linguistic=what == "speech")
+        teacher = self.teacher(row["id"]) if self.teacher is not None and task == "dialogue" else None
+        return Item(sample, row, sources, teacher)
+
+    def size(self, index: int) -> float:
+        """About how many positions a row takes in the LLM."""
+        row = self.rows[index]
+        letters = len(row["transcript"] or "") + sum(len(turn["content"]) for turn in row["history"])
+        return letters / 4 + len(row["response"] or "") / 4
+
+
+class BucketSampler:
+    """Batches of similar size in random order, by (seed, epoch) alone; the last, incomplete batch is left out.
+
+    Args:
+        dataset: has `size(index)`.
+        batch_size: of all processes together.
+        bucketing: without it, plain random batches (benchmark).
+    """
+
+    drop_last = True
+
+    def __init__(self, dataset: StageDataset, batch_size: int, seed: int, bucketing: bool = True):
+        if len(dataset) < batch_size:
+            raise ValueError(f"a batch of {batch_size} is larger than the {len(dataset)} rows of the stage.")
+        self.dataset, self.batch_size, self.seed, self.bucketing = dataset, batch_size, seed, bucketing
+        self.epoch = 0
+        self.sizes = [dataset.size(index) for index in range(len(dataset))]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        draw = random.Random(f"batches/{self.seed}/{self.epoch}")
+        order = list(range(len(self.dataset)))
+        draw.shuffle(order)
+        order = order[: len(self) * self.batch_size]
+        if self.bucketing:
+            span = 32 * self.batch_size  # sorted within so many only: batches differ from epoch to epoch
+            order = [
+                i
+                for start in range(0, len(order), span)
+                for i in sorted(order[start : start + span], key=self.sizes.__getitem__)
+            ]
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        draw.shuffle(batches)
+        epoch = self.epoch
+        for batch in batches:
+            yield [(epoch, index) for index in batch]
+
+
+class DualSLMTrainer(Seq2SeqTrainer):
+    """Trains the adapters through the frozen LLM.
+
+    Beside `Seq2SeqTrainer`: losses and token accuracies of each task, rates for each branch, a share of the warm start's
+    losses kept, KL to the frozen LLM, generation from the prompt alone, no step without a gradient for any adapter, and
+    checkpoints that are known to be complete.
+
+    Args:
+        stage: objective, rates and shares.
+        evaluation_collator: adds prompts to generate from.
+        kwargs: of `Seq2SeqTrainer`; `train_dataset` is a [`StageDataset`], `eval_dataset` a list of [`Item`],
+            `data_collator` a [`TrainingCollator`].
+    """
+
+    def __init__(self, *args, stage: StageRecipe, evaluation_collator: TrainingCollator | None = None, **kwargs):
+        self.stage, self.evaluation_collator = stage, evaluation_collator
+        super().__init__(*args, **kwargs)
+        self._meters = {mode: torch.zeros(len(TASKS) + 2, 3, dtype=torch.float64) for mode in ("train", "eval")}
+        self.add_callback(_CompleteCheckpoints())
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        world = self.args.world_size
+        sampler = BucketSampler(
+            self.train_dataset, self.args.per_device_train_batch_size * world, self.args.data_seed or self.args.seed
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=False,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        collator, self.data_collator = self.data_collator, self.evaluation_collator or self.data_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    # ---- optimiser ----
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """AdamW over the adapters: a rate for each branch, no decay of norms, biases and vectors."""
+        if self.optimizer is None:
+            rates = {
+                "paralinguistic": self.stage.paralinguistic_learning_rate,
+                "linguistic": self.stage.linguistic_learning_rate,
+            }
+            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    branch = name.split("_adapter")[0]
+                    groups.setdefault((branch, parameter.ndim > 1), []).append(parameter)
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {
+                        "params": parameters,
+                        "lr": rates.get(branch) or self.args.learning_rate,
+                        "weight_decay": self.args.weight_decay if decays else 0.0,
+                    }
+                    for (branch, decays), parameters in groups.items()
+                ],
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        return self.optimizer
+
+    # ---- loss ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss of a target token over the whole batch, all processes together, and the shares that are kept."""
+        tasks = inputs["task_ids"]
+        model_inputs = {
+            key: value
+            for key, value in inputs.items()
+            if not key.startswith(("prompt_", "teacher_", "ctc_", "caption_")) and key != "task_ids"
+        }
+        output = model(**model_inputs, only_targets=True)
+        known = output.labels != -100
+        logits, labels = output.logits[known].float(), output.labels[known]
+        log_probs = logits.log_softmax(-1)
+        token_loss = -log_probs.gather(-1, labels[:, None])[:, 0]
+        owner = tasks[:, None].expand_as(output.labels)[known]
+        mode = "train" if model.training else "eval"
+        self._count(mode, owner, token_loss, logits.argmax(-1) == labels)
+        if "teacher_ids" in inputs and self.stage.objective != "ce":
+            token_loss = self._with_teacher(token_loss, log_probs, inputs["teacher_ids"], inputs["teacher_log_probs"])
+        processes = self.accelerator.num_processes if mode == "train" else 1
+        if num_items_in_batch is None:
+            loss = token_loss.mean()
+        else:
+            loss = token_loss.sum() / num_items_in_batch
+            loss = loss * processes if self.args.average_tokens_across_devices else loss
+        kept = self._kept_losses(output.audio_features, inputs, mode)
+        loss = loss + kept / (self.current_gradient_accumulation_steps if mode == "train" else 1)
+        if mode == "train":
+            # A batch may hold one kind of task alone: the other adapter's gradient is zero then, not missing.
+            loss = loss + 0.0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at step {self.state.global_step + 1} of stage {self.stage.name}: lower the "
+                    "learning rate. The checkpoints so far are kept."
+                )
+        return (loss, output) if return_outputs else loss
+
+    def _with_teacher(self, token_loss, log_probs, ids, teacher) -> torch.Tensor:
+        """KL(frozen LLM || model) over the teacher's most likely tokens, where there is a teacher."""
+        has = torch.isfinite(teacher[:, 0])
+        weights = teacher.softmax(-1)
+        divergence = (weights * (weights.clamp(min=1e-9).log() - log_probs.gather(-1, ids))).sum(-1)
+        if self.stage.objective == "kl":
+            return torch.where(has, divergence, token_loss)
+        return token_loss + torch.where(has, divergence, 0.0)
+
+    def _kept_losses(self, audio, inputs, mode: str) -> torch.Tensor:
+        """The share of the warm start's own losses that is kept, per sample of the batch."""
+        total = torch.zeros((), device=inputs["task_ids"].device)
+        size = len(inputs["task_ids"])
+        trained = inputs["audio_trained"].bool() & inputs["audio_branches"].bool()
+        if "ctc_labels" in inputs and audio.linguistic_logits is not None:
+            heard = inputs["audio_branches"].bool()[:, 1]
+            labels, learns = inputs["ctc_labels"][heard], trained[heard, 1]
+            target_lengths = (labels != -100).sum(-1)
+            losses = nn.functional.ctc_loss(
+                audio.linguistic_logits.float().log_softmax(-1).transpose(0, 1),
+                labels.clamp(min=0),
+                audio.linguistic_placeholders,
+                target_lengths,
+                blank=audio.linguistic_logits.shape[-1] - 1,
+                reduction="none",
+                zero_infinity=True,
+            ) / target_lengths.clamp(min=1)
+            total = total + self.stage.ctc_share * (losses * learns).sum() / size
+            self._add(mode, len(TASKS), losses[learns])
+        if "caption_labels" in inputs and audio.paralinguistic_logits is not None:
+            heard = inputs["audio_branches"].bool()[:, 0]
+            labels, learns = inputs["caption_labels"][heard], trained[heard, 0]
+            losses = nn.functional.cross_entropy(
+                audio.paralinguistic_logits.float().flatten(0, 1),
+                labels.flatten(),
+                reduction="none",
+                ignore_index=-100,
+            ).view_as(labels).sum(-1) / (labels != -100).sum(-1).clamp(min=1)
+            total = total + self.stage.caption_share * (losses * learns).sum() / size
+            self._add(mode, len(TASKS) + 1, losses[learns])
+        return total
+
+    # ---- what is logged ----
+
+    def _count(self, mode: str, owner, token_loss, correct) -> None:
+        meter = torch.zeros(len(TASKS), 3, dtype=torch.float64)
+        values = torch.stack(
+            [token_loss.detach().double(), correct.double(), torch.ones_like(token_loss).double()], -1
+        )
+        self._meters[mode][: len(TASKS)] += meter.index_add(0, owner.cpu(), values.cpu())
+
+    def _add(self, mode: str, place: int, losses: torch.Tensor) -> None:
+        self._meters[mode][place] += torch.tensor([losses.detach().sum().item(), 0.0, len(losses)])
+
+    def _read_meters(self, mode: str) -> dict[str, float]:
+        meter = self._meters[mode].to(self.args.device)
+        meter = self.accelerator.reduce(meter, reduction="sum").cpu()
+        self._meters[mode].zero_()
+        prefix, figures = "" if mode == "train" else "eval_", {}
+        for name, (loss, correct, count) in zip((*TASKS, "ctc", "caption"), meter.tolist(), strict=True):
+            if count:
+                figures[f"{prefix}loss_{name}"] = round(loss / count, 4)
+                if name in TASKS:
+                    figures[f"{prefix}token_accuracy_{name}"] = round(correct / count, 4)
+        if mode == "eval" and meter[: len(TASKS), 2].sum():
+            figures["eval_loss"] = (meter[: len(TASKS), 0].sum() / meter[: len(TASKS), 2].sum()).item()
+        return figures
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = logs | self._read_meters("train")
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._meters["eval"].zero_()
+        output = super().evaluation_loop(*args, **kwargs)
+        output.metrics.update(self._read_meters("eval"))
+        return output
+
+    # ---- evaluation ----
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
+        """Loss of the targets; the replies are generated from the prompts alone (the stock trainer's hold the answer)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss = self.compute_loss(model, inputs).detach()
+            if prediction_loss_only or not self.args.predict_with_generate:
+                return loss, None, None
+            prompt = inputs["prompt_input_ids"]
+            bare = self.accelerator.unwrap_model(model)
+            audio = bare.adapt_audio(
+                inputs["audio_states"], inputs["audio_lengths"], inputs["audio_branches"], inputs.get("audio_pooled")
+            )
+            sequences = bare.generate(
+                input_ids=prompt,
+                attention_mask=inputs["prompt_attention_mask"],
+                audio_features=audio,
+                do_sample=False,
+                max_new_tokens=self.args.generation_max_length,
+            )
+        return loss, sequences[:, prompt.shape[1] :], inputs["labels"]
+
+
+class _CompleteCheckpoints(TrainerCallback):
+    """Marks a checkpoint when all of it is written, so that a resumed run never starts from half of one."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if folder.is_dir():
+                (folder / "complete").touch()
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint that was written to its end; others, left by a kill, do not count."""
+    found = [path.parent for path in Path(folder).glob("checkpoint-*/complete")]
+    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+
+
+def positions_floor(tokens: int, targets: int, config) -> float:
+    """FLOPs that a frozen LLM must do for one step: forward and the gradient of its input, over real positions alone.
+
+    Two for each weight and position, twice (no weight gradient is needed), the output layer at the targets only;
+    attention's own products are left out, which makes the floor a little low.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    attention = width * head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    layers = config.num_hidden_layers * (attention + 3 * width * inner)
+    return 4.0 * (tokens * layers + targets * width * config.vocab_size)
