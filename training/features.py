@@ -53,7 +53,7 @@ class _Batches(torch.utils.data.Dataset):
             try:
                 clips.append(load_row(row, self.processor.sampling_rate))
                 kept.append(place)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError) as error:  # noqa: PERF203
                 faults.append(f"{row['id']}: {error}")
         return (dict(self.processor.extract_features(clips)) if clips else None), kept, faults
 

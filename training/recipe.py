@@ -1,6 +1,7 @@
 """Recipes: YAML files -> dataclasses by HfArgumentParser, and refusals that name what was meant."""
 
 import difflib
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -172,11 +173,8 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes 1e-5 for text; this one takes it for a number."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+_FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 def _set(values: dict, setting: str) -> None:
@@ -205,9 +203,7 @@ def _check(recipe: Recipe, where: str) -> None:
         choices[f"stage {stage.name}: err_stage"] = (stage.err_stage, STAGES)
         choices[f"stage {stage.name}: objective"] = (stage.objective, ("ce", "kl", "ce+kl"))
         choices[f"stage {stage.name}: branches"] = (stage.branches, ("both", "paralinguistic", "linguistic"))
-        for task in stage.tasks:
-            if task not in TASKS:
-                faults.append(f"stage {stage.name}: no task {task!r}{_nearest(task, TASKS)}")
+        faults += [f"stage {stage.name}: no task {t!r}{_nearest(t, TASKS)}" for t in stage.tasks if t not in TASKS]
         if not stage.tasks:
             faults.append(f"stage {stage.name}: names no tasks ({', '.join(TASKS)})")
         if (stage.ctc_share or stage.caption_share) and recipe.model.adapters != "warm_start":

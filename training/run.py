@@ -37,7 +37,7 @@ from .features import FeatureStore
 from .journal import Journal
 from .recipe import Recipe, StageRecipe
 from .tasks import parse_label, parse_transcript, tasks_of
-from .trainer import DualSLMTrainer, StageDataset, last_checkpoint, positions_floor
+from .trainer import DualSLMTrainer, StageDataset, checkpoint_activations, last_checkpoint, positions_floor
 from .warm_start import Speller, caption_targets, normalize, train_linguistic, train_paralinguistic
 
 CAPTION_TEMPLATE = "({gender} voice, {pitch} pitch, {tempo} tempo, {energy} energy, {emotion} emotion)"
@@ -335,6 +335,11 @@ def run_stage(
     world = PartialState().num_processes
     if about.batch_size % world:
         raise ValueError(f"train.batch_size {about.batch_size} is no multiple of the {world} processes.")
+    if not torch.cuda.is_available():
+        # PyTorch's fused attention has a slow backward pass on a CPU: a step takes 1.6 times as long (benchmark train).
+        model.language_model.set_attn_implementation("eager")
+    if about.activation_checkpointing:
+        checkpoint_activations(model)
     longest = max(len(processor.tokenizer(item.sample.target)["input_ids"]) for item in items)
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(folder),
@@ -351,7 +356,6 @@ def run_stage(
         num_train_epochs=stage.epochs,
         max_steps=stage.max_steps,
         bf16=about.bf16,
-        gradient_checkpointing=about.activation_checkpointing,
         use_cpu=not torch.cuda.is_available(),
         eval_strategy="steps",
         eval_steps=about.eval_steps,
@@ -487,7 +491,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
     """
     output, state = Path(output), PartialState()
     kept = output / "recipe.yaml"
-    if kept.is_file():
+    if state.is_main_process and kept.is_file():
         if not resume:
             raise FileExistsError(f"{output} holds a run already: --resume goes on with it, or name another --output.")
         if kept.read_text(encoding="utf-8") != recipe.to_yaml():
@@ -556,16 +560,11 @@ def plan(recipe: Recipe, output: str | Path) -> str:
 
     text = AutoConfig.from_pretrained(resolve_backbone(recipe.model.text_model_id)).get_text_config()
     rate, total = matrix_rate(recipe.model.dtype), 0.0
-    tokens = (
-        np.mean(
-            [
-                len(r["transcript"] or "") + sum(len(t["content"]) for t in r["history"]) + len(r["response"] or "")
-                for r in rows
-            ]
-        )
-        / 4
-        + 70
-    )
+    letters = [
+        len(r["transcript"] or "") + sum(len(t["content"]) for t in r["history"]) + len(r["response"] or "")
+        for r in rows
+    ]
+    tokens = np.mean(letters) / 4 + 70
     for number, stage in enumerate(recipe.stages, 1):
         per_epoch = train // recipe.train.batch_size
         steps = (

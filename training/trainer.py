@@ -236,7 +236,7 @@ class DualSLMTrainer(Seq2SeqTrainer):
     def _with_teacher(self, token_loss, log_probs, ids, teacher) -> torch.Tensor:
         """KL(frozen LLM || model) over the teacher's most likely tokens, where there is a teacher."""
         has = torch.isfinite(teacher[:, 0])
-        weights = teacher.softmax(-1)
+        weights = teacher.masked_fill(~has[:, None], 0.0).softmax(-1)
         divergence = (weights * (weights.clamp(min=1e-9).log() - log_probs.gather(-1, ids))).sum(-1)
         if self.stage.objective == "kl":
             return torch.where(has, divergence, token_loss)
@@ -344,6 +344,11 @@ class _CompleteCheckpoints(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if folder.is_dir():
                 (folder / "complete").touch()
+
+
+def checkpoint_activations(model) -> None:
+    """Keeps of the LLM's activations only the layers' inputs; transformers renamed the method between 5.17 and 5.23."""
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

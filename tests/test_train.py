@@ -1,0 +1,470 @@
+"""Training through the LLM: sources, batches, exact resume, two processes, recipes and their refusals."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from conftest import LABELS, make_model, tone
+from dual_slm import DualSLMForConditionalGeneration
+from dual_slm.training.collator import DualSLMCollator, TrainingCollator
+from dual_slm.training.corpora.schema import make_row, write_table
+from dual_slm.training.err import draw_sources
+from dual_slm.training.features import FeatureStore
+from dual_slm.training.recipe import RECIPES, StageRecipe, load_recipe
+from dual_slm.training.run import run
+from dual_slm.training.trainer import BucketSampler, StageDataset, checkpoint_activations, last_checkpoint
+
+# ---- ERR -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linguistic", "paralinguistic"])
+def test_the_other_branch_comes_from_three_sources_in_thirds(kind):
+    """Chi-square with two degrees of freedom: 13.8 is passed by chance once in a thousand."""
+    n = 9_000
+    drawn = [draw_sources(kind, "disentangle", 0, epoch, f"id{i}") for epoch in range(3) for i in range(n // 3)]
+    own, other = (1, 0) if kind == "linguistic" else (0, 1)
+    assert {d[own] for d in drawn} == {"speech"}
+    counts = Counter(d[other] for d in drawn)
+    text = "caption" if kind == "linguistic" else "transcript"
+    assert set(counts) == {text, "speech", "none"}
+    assert sum((c - n / 3) ** 2 / (n / 3) for c in counts.values()) < 13.8
+    assert {d[2:] for d in drawn} == {(kind == "paralinguistic", kind == "linguistic")}
+
+
+def test_stages_one_and_three_and_the_ablation():
+    assert set(draw_sources("linguistic", "joint", 0, 0, "x")) == {"speech", True}
+    duals = Counter(draw_sources("dual", "holistic", 0, 0, str(i), replaced_share=0.25) for i in range(4_000))
+    both = duals[("speech", "speech", True, True)]
+    assert both == pytest.approx(3_000, abs=120)
+    assert duals[("caption", "speech", False, True)] == pytest.approx(500, abs=90)
+    assert duals[("speech", "transcript", True, False)] == pytest.approx(500, abs=90)
+    off = {
+        draw_sources(kind, "disentangle", 0, 0, str(i), err=False)
+        for kind in ("linguistic", "dual")
+        for i in range(99)
+    }
+    assert off == {("speech", "speech", True, True)}
+
+
+def test_what_is_not_known_is_not_drawn_and_bad_names_are_refused():
+    drawn = Counter(
+        draw_sources("linguistic", "disentangle", 0, 0, str(i), has_caption=False)[0] for i in range(2_000)
+    )
+    assert set(drawn) == {"speech", "none"}
+    assert drawn["none"] == pytest.approx(1_000, abs=120)
+    with pytest.raises(ValueError, match="stage is 'two'"):
+        draw_sources("dual", "two", 0, 0, "x")
+
+
+# ---- a small world ---------------------------------------------------------------------------------------------------
+
+
+def world(folder: Path, backbones, clips: int = 24, **changes) -> Path:
+    """A table of real audio files and a recipe over it, warm start and three stages; returns the recipe's file."""
+    rows = []
+    for n in range(clips):
+        path = folder / f"{n}.wav"
+        soundfile.write(path, tone(0.5 + (n % 5) / 5, n), 16_000)
+        row = make_row(
+            id=str(n),
+            corpus="c",
+            split="train" if n < clips - 6 else "validation",
+            audio=str(path),
+            duration=0.5 + (n % 5) / 5,
+            transcript=("the quick fox", "the lazy dog", "hello brown fox")[n % 3],
+            gender=("female", "male")[n % 2],
+            emotion=("happy", "sad")[n % 2],
+            history=[{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}][: n % 3],
+            response="hello to the fox",
+            response_complete=n % 4 > 0,
+        )
+        rows.append(row | {"caption": f"({row['gender']} voice, {row['emotion']} emotion)"})
+    write_table(rows, folder / "t.parquet")
+    audio, text = backbones
+    tasks = {"asr": 1, "emotion": 1}
+    stage = {"learning_rate": 1e-3, "max_steps": 6}
+    recipe = {
+        "model": {
+            "audio_model_id": audio,
+            "text_model_id": text,
+            "adapters": "warm_start",
+            "config": {
+                "paralinguistic_hidden_size": 24,
+                "linguistic_hidden_size": 40,
+                "caption_template": "({gender} voice, {emotion} emotion)",
+                "attribute_labels": LABELS,
+            },
+        },
+        "data": {"tables": [str(folder / "t.parquet")], "validation_rows": 6, "align_responses": False},
+        "warm_start": {"pieces": [40, 60], "steps": [6, 8], "caption_steps": 8, "frames_per_batch": 300},
+        "train": {"batch_size": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 1},
+        "stages": [
+            {"name": "joint", "err_stage": "joint", "tasks": tasks, "ctc_share": 0.3, "caption_share": 0.3, **stage},
+            {"name": "disentangle", "err_stage": "disentangle", "tasks": tasks, **stage},
+            {
+                "name": "holistic",
+                "err_stage": "holistic",
+                "tasks": tasks | {"dialogue": 2},
+                "objective": "ce+kl",
+                **stage,
+            },
+        ],
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        recipe[section] = value if not name else recipe[section] | {name: value}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_backbones, tmp_path_factory):
+    """A whole run, uninterrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = world(folder, tiny_backbones)
+    return folder, run(load_recipe(str(recipe)), folder / "run")
+
+
+def test_a_run_trains_both_adapters_in_every_stage_and_nothing_else(finished, tiny_backbones):
+    folder, final = finished
+    stages = ["stage-0", "stage-1-joint", "stage-2-disentangle", "stage-3-holistic"]
+    weights = [load_file(folder / "run" / stage / "final" / "model.safetensors") for stage in stages]
+    for before, after in itertools.pairwise(weights):
+        for branch in ("paralinguistic", "linguistic"):
+            names = [
+                n for n in after if n.startswith(branch) and after[n].is_floating_point() and "statistics" not in n
+            ]
+            assert any(not torch.equal(before[n], after[n]) for n in names)
+    model = DualSLMForConditionalGeneration.from_pretrained(final)
+    fresh = DualSLMForConditionalGeneration.from_backbones(*tiny_backbones)
+    for part in ("audio_tower", "language_model"):
+        state, other = getattr(model, part).state_dict(), getattr(fresh, part).state_dict()
+        assert all(torch.equal(state[name], other[name]) for name in other)
+    log = json.loads((final / "training_log.json").read_text())
+    assert [e["stage"] for e in log[-3:]] == ["joint", "disentangle", "holistic"]
+    assert {"eval_loss", "eval_loss_asr", "eval_wer", "eval_accuracy_emotion", "eval_unparsed"} <= set(log[-2])
+    assert (folder / "run/stage-3-holistic/curves.png").stat().st_size > 10_000
+    made = json.loads((folder / "run/environment.json").read_text())
+    assert made["data"]["train"] == 18
+    assert made["torch"] == torch.__version__.split("+")[0] or made["torch"] == torch.__version__
+
+
+def _kill_after(process: subprocess.Popen, reached) -> None:
+    limit = time.time() + 120
+    while not reached():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.time() < limit
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "stage-0/linguistic-1.pt",
+        "stage-1-joint/checkpoint-4/complete",
+        "stage-2-disentangle/checkpoint-2",
+        "stage-3-holistic/checkpoint-4",
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_bits(finished, tiny_backbones, tmp_path, point):
+    """SIGKILL in the warm start and in each stage, in the middle of writing a checkpoint too."""
+    folder, final = finished
+    recipe = folder / "recipe.yaml"
+    command = [
+        sys.executable,
+        "-m",
+        "dual_slm.training.cli",
+        "train",
+        "--recipe",
+        str(recipe),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _kill_after(process, (tmp_path / "run" / point).exists)
+    assert not (tmp_path / "run" / "final").exists()
+    result = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    expected, found = (load_file(f / "model.safetensors") for f in (final, tmp_path / "run" / "final"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_run_is_not_written_over_nor_gone_on_with_by_another_recipe(finished):
+    folder, _ = finished
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    with pytest.raises(FileExistsError, match="--resume goes on with it"):
+        run(recipe, folder / "run")
+    recipe.train.seed = 7
+    with pytest.raises(ValueError, match="the recipe is not the one of"):
+        run(recipe, folder / "run", resume=True)
+
+
+def test_half_a_checkpoint_does_not_count(tmp_path):
+    for step, whole in ((2, True), (10, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / "complete").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_two_processes_do_what_one_does(tiny_backbones, tmp_path):
+    """A real run of two processes over gloo, the same global batches: the same adapters within float tolerance."""
+    still = {"paralinguistic_dropout": 0.0, "linguistic_dropout": 0.0}
+    recipe = world(tmp_path, tiny_backbones)
+    values = yaml.safe_load(recipe.read_text())
+    values["model"]["config"] |= still
+    values["train"] |= {"eval_steps": 6, "save_steps": 6}
+    recipe.write_text(yaml.safe_dump(values))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name, processes in (("one", 1), ("two", 2)):
+        launch = (
+            ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+            if processes == 2
+            else []
+        )
+        command = [sys.executable, *launch, "-m", "dual_slm.training.cli", "train", "--recipe", str(recipe)]
+        command += ["--output", str(tmp_path / name)]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=2e-3, atol=2e-4)
+
+
+# ---- batches and losses ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["paper", "warm"])
+def bench(request, tiny_backbones, tmp_path_factory):
+    """(model, processor, store, rows) with cached features."""
+    folder = tmp_path_factory.mktemp("bench")
+    world(folder, tiny_backbones, clips=12)
+    from dual_slm.training.corpora.schema import read_table
+
+    model, processor = make_model(tiny_backbones, kind=request.param)
+    rows = list(read_table(folder / "t.parquet"))
+    store = FeatureStore(folder / "features", model.config)
+    store.build(rows, model, processor, workers=0)
+    return model, processor, store, rows
+
+
+def stage(**changes) -> StageRecipe:
+    tasks = {"asr": 1, "emotion": 1, "gender": 1, "dialogue": 1}
+    return StageRecipe(**({"name": "s", "err_stage": "holistic", "tasks": tasks} | changes))
+
+
+def test_cached_packed_training_has_the_loss_of_the_plain_model(bench):
+    """Features in half precision from the disk, masked positions dropped, logits at targets alone: the same loss."""
+    model, processor, store, rows = bench
+    dataset = StageDataset(rows, stage(err_stage="joint"), seed=3)
+    items = [dataset[(0, i)] for i in range(6)]
+    batch = TrainingCollator(processor, store)(items)
+    batch.pop("task_ids")
+    plain = DualSLMCollator(processor)([item.sample for item in items])
+    with torch.no_grad():
+        output = model(**batch, only_targets=True)
+        loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), output.labels.flatten())
+        expected = model(**plain).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-2)  # bfloat16 encoder in the cache
+    assert (output.labels != -100).sum() == (plain["labels"] != -100).sum()
+    assert output.logits.shape[1] < plain["labels"].shape[1]
+
+
+def test_err_freezes_the_other_adapter_for_each_sample(bench):
+    """In one batch of both kinds, each adapter's gradient is that of its own tasks' samples alone."""
+    model, processor, store, rows = bench
+    collator = TrainingCollator(processor, store)
+    dataset = StageDataset(rows, stage(err_stage="disentangle"), seed=0)
+    asr = [i for i in (dataset.item(row, "asr") for row in rows) if i.sources.paralinguistic == "speech"][:2]
+    emotion = [i for i in (dataset.item(row, "emotion") for row in rows) if i.sources.linguistic == "speech"][:2]
+    assert asr
+    assert emotion
+
+    def gradients(items) -> dict[str, float]:
+        model.zero_grad()
+        batch = collator(items)
+        batch.pop("task_ids")
+        output = model(**batch, only_targets=True)
+        known = output.labels != -100
+        torch.nn.functional.cross_entropy(output.logits[known], output.labels[known], reduction="sum").backward()
+        sums = {}
+        for branch in ("paralinguistic", "linguistic"):
+            parameters = getattr(model, f"{branch}_adapter").parameters()
+            sums[branch] = sum(float(p.grad.abs().sum()) for p in parameters if p.grad is not None)
+        return sums
+
+    assert gradients(asr)["paralinguistic"] == 0
+    assert gradients(asr)["linguistic"] > 0
+    assert gradients(emotion)["linguistic"] == 0
+    assert gradients(emotion)["paralinguistic"] > 0
+    assert all(value > 0 for value in gradients(asr + emotion).values())
+    model.zero_grad()
+
+
+def test_activation_checkpointing_changes_nothing_but_memory(bench):
+    model, processor, store, rows = bench
+    dataset = StageDataset(rows, stage(err_stage="joint"), seed=0)
+    batch = TrainingCollator(processor, store)([dataset[(0, i)] for i in range(4)])
+    batch.pop("task_ids")
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            checkpoint_activations(model)
+        model.train()
+        calls = Counter()
+        layer = model.language_model.get_decoder().layers[0]
+        hook = layer.self_attn.register_forward_pre_hook(lambda *_, calls=calls: calls.update(["attention"]))
+        model.zero_grad()
+        torch.manual_seed(0)
+        output = model(**batch, only_targets=True)
+        known = output.labels != -100
+        torch.nn.functional.cross_entropy(output.logits[known], output.labels[known]).backward()
+        hook.remove()
+        results.append((calls["attention"], [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+    model.eval()
+    model.zero_grad()
+    assert results[0][0] == 1
+    assert results[1][0] == 2  # computed again in the backward pass
+    for plain, checkpointed in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_draws_do_not_depend_on_who_asks(bench):
+    *_, rows = bench
+    dataset = StageDataset(rows, stage(), seed=1)
+    again = StageDataset(rows, stage(), seed=1)
+    order = list(range(len(dataset)))
+    assert [dataset[(2, i)] for i in order] == [again[(2, i)] for i in reversed(order)][::-1]
+    assert [dataset[(2, i)] for i in order] != [dataset[(3, i)] for i in order]
+    batches = []
+    for epoch in (0, 0, 1):
+        sampler = BucketSampler(dataset, 4, seed=5)
+        sampler.set_epoch(epoch)
+        batches.append(list(sampler))
+    assert batches[0] == batches[1]
+    assert batches[0] != batches[2]
+    for epoch, order in ((0, batches[0]), (1, batches[2])):
+        assert sorted(key for batch in order for key in batch) == [(epoch, i) for i in range(12)]
+    with pytest.raises(ValueError, match="a batch of 99 is larger than the 12 rows"):
+        BucketSampler(dataset, 99, seed=0)
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+
+def test_features_are_known_by_content_and_survive_damage(bench, tmp_path, tiny_backbones):
+    model, processor, _, rows = bench
+    rows = [dict(row) for row in rows[:5]]
+    rows.append(rows[0] | {"id": "same file"})
+    rows.append(rows[1] | {"augment": 1})
+    store = FeatureStore(tmp_path, model.config)
+    assert len(store.missing(rows)) == 6
+    store.build(rows, model, processor, workers=0)
+    assert store.missing(rows) == []
+    again = FeatureStore(tmp_path, model.config)
+    assert again.missing(rows) == []
+    assert torch.equal(again.get(rows[0]), store.get(rows[5]))
+    assert not torch.equal(again.get(rows[1])[..., :5, :], again.get(rows[6])[..., :5, :])
+    inputs = processor.extract_features([tone(0.5, 0)])
+    with torch.inference_mode():
+        states, lengths = model.encode_audio(**inputs, all_layers=False)
+    assert store.length(rows[0]) == lengths.item()
+    torch.testing.assert_close(store.get(rows[0]), states[0, -1], atol=0.15, rtol=0.1)  # encoded in bfloat16
+    small = FeatureStore(tmp_path / "8", model.config, bits=8)
+    small.build(rows[:3], model, processor, workers=0)
+    scale = store.get(rows[2]).abs().max()
+    assert (small.get(rows[2]) - store.get(rows[2])).abs().max() < scale / 100
+    (shard,) = store.folder.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"the feature shard .* is damaged.*Delete it"):
+        FeatureStore(tmp_path, model.config)
+
+
+def test_a_clip_that_cannot_be_read_is_named_and_skipped_if_asked(bench, tmp_path):
+    model, processor, _, rows = bench
+    bad = tmp_path / "bad.wav"
+    bad.write_bytes(b"RIFF" + bytes(40))
+    rows = [rows[0], rows[1] | {"id": "broken", "audio": str(bad)}]
+    with pytest.raises(ValueError, match=r"broken: .*bad\.wav is not audio"):
+        FeatureStore(tmp_path / "a", model.config).build(rows, model, processor, workers=0)
+    kept = FeatureStore(tmp_path / "b", model.config).build(rows, model, processor, skip_damaged=True, workers=0)
+    assert [row["id"] for row in kept] == ["0"]
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_recipe_of_the_package_is_sound():
+    names = [path.stem for path in RECIPES.glob("*.yaml")]
+    assert {"speedrun", "slm-qwen2.5-7b", "slm-llama3.1-8b", "slm-smollm2-135m"} <= set(names)
+    for name in names:
+        load_recipe(name)
+    paper = load_recipe("slm-qwen2.5-7b")  # section IV-C
+    assert [s.learning_rate for s in paper.stages] == [5e-5, 5e-6, 5e-6]
+    assert [s.warmup_steps for s in paper.stages] == [1000, 1000, 0]
+    assert [s.epochs for s in paper.stages] == [3, 3, 3]
+    assert (paper.train.batch_size, paper.train.weight_decay, paper.train.bf16) == (48, 0.05, True)
+    assert paper.stages[0].lr_scheduler_type == "linear"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.batchsize=4"], "no key 'batchsize'; did you mean 'batch_size'"),
+        (["trian.batch_size=4"], "no key 'trian'; did you mean 'train'"),
+        (["stages.0.lerning_rate=1e-4"], "no key 'lerning_rate'; did you mean 'learning_rate'"),
+        (["stages.9.learning_rate=1e-4"], "'9' is none of the 3 stages"),
+        (["train.batch_size=many"], "batch_size is 'many'"),
+        (["model.adapters=paper"], "warm_start.enabled needs model.adapters: warm_start"),
+        (["stages.0.err_stage=second"], "it must be one of joint, disentangle, holistic"),
+        (["stages.0.objective=mse"], "it must be one of ce, kl, ce"),
+        (["data.synthesise_hours=0"], "data.tables is empty"),
+        (["stages.0.tasks.asrr=1"], "no task 'asrr'; did you mean 'asr'"),
+        (["batch"], "it is KEY=VALUE"),
+    ],
+)
+def test_unknown_and_contradicting_keys_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("speedrun", settings)
+
+
+def test_settings_change_a_recipe():
+    recipe = load_recipe("speedrun", ["stages.1.learning_rate=3e-4", "train.seed=5", "data.tables=[a.parquet]"])
+    assert recipe.stages[1].learning_rate == 3e-4
+    assert recipe.train.seed == 5
+    assert recipe.data.tables == ["a.parquet"]
+    with pytest.raises(FileNotFoundError, match="did you mean 'speedrun'"):
+        load_recipe("speedrum")
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_there_is(tiny_backbones, tmp_path):
+    recipe = world(tmp_path, tiny_backbones)
+    settings = [
+        "stages.0.learning_rate=1e12",
+        "stages.0.max_steps=40",
+        "train.max_grad_norm=0.0",
+        "stages.0.warmup_steps=3",
+    ]
+    settings += ["train.eval_steps=1", "train.save_steps=1"]
+    with pytest.raises(FloatingPointError, match="the loss is nan at step"):
+        run(load_recipe(str(recipe), settings), tmp_path / "run")
+    assert (tmp_path / "run/stage-0/final/model.safetensors").is_file()
