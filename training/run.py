@@ -283,7 +283,8 @@ def reply_metrics(items: list[Item], processor: DualSLMProcessor, read_aloud: in
 
     def compute(prediction) -> dict[str, float]:
         ids = np.where(prediction.predictions == -100, processor.tokenizer.pad_token_id, prediction.predictions)
-        replies = processor.batch_decode(ids, skip_special_tokens=True)
+        # Several processes fill up the last batch with the first items again.
+        replies = processor.batch_decode(ids[: len(items)], skip_special_tokens=True)
         figures, said, heard = collections.defaultdict(list), [], []
         for item, reply in zip(items, replies, strict=True):
             if item.sample.task == "asr":
@@ -489,7 +490,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
     Raises:
         FileExistsError, ValueError: the folder holds a run already, or one of another recipe.
     """
-    output, state = Path(output), PartialState()
+    output, state = Path(output), PartialState(cpu=not torch.cuda.is_available())
     kept = output / "recipe.yaml"
     if state.is_main_process and kept.is_file():
         if not resume:

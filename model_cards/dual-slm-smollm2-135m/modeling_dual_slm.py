@@ -157,7 +157,11 @@ class ParalinguisticAdapter(nn.Module):
         Returns:
             (A, N, D) embeddings, and the logits (A, N, V) over caption pieces if the adapter speaks in soft tokens.
         """
-        outputs = self.project(self.pool(states, lengths))
+        return self.embed(self.pool(states, lengths), embedding)
+
+    def embed(self, pooled: torch.Tensor, embedding: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `pool` gives -> what `forward` returns."""
+        outputs = self.project(pooled)
         if self.soft_tokens is None:
             return outputs, None
         rows = self.soft_tokens.rows(embedding)
@@ -195,7 +199,7 @@ class LinguisticAdapter(nn.Module):
 
     def forward(
         self, states: torch.Tensor, lengths: torch.Tensor, embedding: nn.Module
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             states: (A, T, C), the encoder's last layer.
@@ -204,18 +208,20 @@ class LinguisticAdapter(nn.Module):
 
         Returns:
             (M, D) embeddings of all samples one after the other, (A,) how many each sample has, and with CTC the (M,)
-            most likely token of each.
+            most likely token of each and the logits (A, T', V + 1) of every output.
         """
         outputs, lengths = self.project(states, lengths), self.output_lengths(lengths)
         if self.soft_tokens is None:
-            return outputs[_length_mask(lengths, outputs.shape[1])], lengths, None
-        embeds, tokens, rows = [], [], self.soft_tokens.rows(embedding)
-        for output, length in zip(outputs, lengths, strict=True):
-            probabilities, ids = self.soft_tokens.segments(output[:length], rows)
+            return outputs[_length_mask(lengths, outputs.shape[1])], lengths, None, None
+        rows = self.soft_tokens.rows(embedding)
+        logits = self.soft_tokens.logits(outputs, rows)
+        embeds, tokens = [], []
+        for sample, length in zip(logits, lengths, strict=True):
+            probabilities, ids = self.soft_tokens.segments(sample[:length])
             embeds.append(probabilities @ rows)
             tokens.append(ids)
         counts = torch.tensor([len(ids) for ids in tokens], device=outputs.device)
-        return torch.cat(embeds), counts, torch.cat(tokens)
+        return torch.cat(embeds), counts, torch.cat(tokens), logits
 
 
 class SoftTokens(nn.Module):
@@ -242,17 +248,16 @@ class SoftTokens(nn.Module):
             rows = torch.cat([rows, self.blank[None]])
         return self.scale * (outputs @ rows.T)
 
-    def segments(self, outputs: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def segments(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Greedy CTC of one sample: blanks dropped, repeats merged.
 
         Args:
-            outputs: (T', D).
-            rows: (V, D), embedding rows of the pieces.
+            logits: (T', V + 1), the blank last.
 
         Returns:
             (M, V) mean probabilities over each segment's frames, the blank's share removed, and (M,) LLM token ids.
         """
-        probabilities = self.logits(outputs, rows).softmax(-1)
+        probabilities = logits.softmax(-1)
         best = probabilities.argmax(-1)
         starts = torch.ones_like(best, dtype=torch.bool)
         starts[1:] = best[1:] != best[:-1]
@@ -336,6 +341,7 @@ class DualSLMAudioFeatures(ModelOutput):
         linguistic_lengths: (Q,), embeddings of each clip; they add up to M.
         linguistic_placeholders: (Q,), placeholders that the processor gave each clip; more than the length with CTC.
         linguistic_token_ids: (M,), the token each embedding is nearest to, with CTC.
+        linguistic_logits: (Q, T', V + 1) of every output, with CTC; what training may keep a CTC loss on.
     """
 
     paralinguistic_embeds: torch.Tensor | None = None
@@ -344,12 +350,15 @@ class DualSLMAudioFeatures(ModelOutput):
     linguistic_lengths: torch.Tensor | None = None
     linguistic_placeholders: torch.Tensor | None = None
     linguistic_token_ids: torch.Tensor | None = None
+    linguistic_logits: torch.Tensor | None = None
 
     @classmethod
     def concatenate(cls, parts: list["DualSLMAudioFeatures"]) -> "DualSLMAudioFeatures":
         """The features of several turns as those of one input."""
         values = {}
         for name in cls.__dataclass_fields__:
+            if name == "linguistic_logits":  # of different lengths, and of no use once there are embeddings
+                continue
             tensors = [getattr(part, name) for part in parts if getattr(part, name) is not None]
             values[name] = torch.cat(tensors) if tensors else None
         return cls(**values)
@@ -360,6 +369,23 @@ class DualSLMAudioFeatures(ModelOutput):
 # --------------------------------------------------------------------------------------------------------------------
 
 AUDIO_INPUTS = ("input_features", "input_features_mask", "audio_num_chunks", "audio_branches", "audio_features")
+
+
+@dataclass
+class DualSLMTargetOutput(ModelOutput):
+    """What training needs of a batch and no more.
+
+    Args:
+        logits: (B, K, V) of the last K positions; position i predicts `labels[:, i]`.
+        labels: (B, K), -100 where there is no target.
+        audio_features: what the adapters made of the clips.
+        num_positions: positions that the LLM computed, padding included.
+    """
+
+    logits: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    audio_features: DualSLMAudioFeatures | None = None
+    num_positions: int | None = None
 
 
 class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -420,6 +446,11 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for module in (self.audio_tower, self.language_model):
             if module is not None:
                 module.eval()
+        if mode and self.language_model is not None:
+            # Activation checkpointing asks each layer whether it is in training; what is inside stays in evaluation.
+            for module in self.language_model.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module.training = True
         return self
 
     def attach_backbones(self, audio_tower: PreTrainedModel, language_model: PreTrainedModel) -> None:
@@ -667,22 +698,43 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.adapt_audio(states, lengths, audio_branches)
 
     def adapt_audio(
-        self, states: torch.Tensor, lengths: torch.Tensor, audio_branches: torch.Tensor
+        self,
+        states: torch.Tensor,
+        lengths: torch.Tensor,
+        audio_branches: torch.Tensor,
+        pooled: torch.Tensor | None = None,
+        audio_trained: torch.Tensor | None = None,
     ) -> DualSLMAudioFeatures:
-        """The two adapters on what `encode_audio` gives."""
+        """The two adapters on what `encode_audio` gives.
+
+        Args:
+            states, lengths: (A, L, T, C) and (A,), see `encode_audio`.
+            audio_branches: (A, 2), see `get_audio_features`.
+            pooled: (A, ...), what `ParalinguisticAdapter.pool` gave for these clips, in place of the states.
+            audio_trained: (A, 2), whether each adapter gets a gradient from each clip. Default: both do.
+        """
         embedding = self.get_input_embeddings()
         device = self.linguistic_adapter.linear_1.weight.device
         states, lengths = states.to(device), lengths.to(device)
         how, what = audio_branches.to(device).bool().unbind(-1)
         features = DualSLMAudioFeatures()
         if how.any():
-            embeds, logits = self.paralinguistic_adapter(states[how], lengths[how], embedding)
+            adapter = self.paralinguistic_adapter
+            if pooled is None:
+                embeds, logits = adapter(states[how], lengths[how], embedding)
+            else:
+                embeds, logits = adapter.embed(pooled.to(device)[how], embedding)
+            if audio_trained is not None:
+                embeds = _with_gradient(embeds, audio_trained.to(device)[how, 0])
             features.paralinguistic_embeds, features.paralinguistic_logits = embeds, logits
         if what.any():
-            embeds, counts, token_ids = self.linguistic_adapter(states[what][:, -1], lengths[what], embedding)
+            adapter = self.linguistic_adapter
+            embeds, counts, token_ids, logits = adapter(states[what][:, -1], lengths[what], embedding)
+            if audio_trained is not None:
+                embeds = _with_gradient(embeds, audio_trained.to(device)[what, 1].repeat_interleave(counts))
             features.linguistic_embeds, features.linguistic_lengths = embeds, counts
-            features.linguistic_placeholders = self.linguistic_adapter.output_lengths(lengths[what])
-            features.linguistic_token_ids = token_ids
+            features.linguistic_placeholders = adapter.output_lengths(lengths[what])
+            features.linguistic_token_ids, features.linguistic_logits = token_ids, logits
         return features
 
     def merge_audio(
@@ -754,6 +806,11 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        audio_states: torch.Tensor | None = None,
+        audio_lengths: torch.Tensor | None = None,
+        audio_pooled: torch.Tensor | None = None,
+        audio_trained: torch.Tensor | None = None,
+        only_targets: bool = False,
         **kwargs,
     ):
         """
@@ -763,14 +820,22 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 their placeholders; see `get_audio_features`.
             audio_features: instead of them, what `get_audio_features` gave.
             attention_mask, position_ids, inputs_embeds, labels, kwargs: as for the LLM.
+            audio_states, audio_lengths, audio_pooled, audio_trained: instead of `input_features`, what `encode_audio`
+                gave for the clips, from a cache; see `adapt_audio`.
+            only_targets: with `labels`, drop what is masked out before the LLM runs, and compute logits from the first
+                target on.
 
         Returns:
-            `CausalLMOutputWithPast` of the LLM.
+            `CausalLMOutputWithPast` of the LLM, or with `only_targets` a `DualSLMTargetOutput` without a loss.
         """
-        if input_features is not None and audio_features is None:
-            audio_features = self.get_audio_features(
-                input_features, input_features_mask, audio_num_chunks, audio_branches
-            )
+        if audio_features is None and (input_features is not None or audio_states is not None):
+            if audio_states is None:
+                audio_states, audio_lengths = self.encode_audio(input_features, input_features_mask, audio_num_chunks)
+            if audio_branches is None:
+                audio_branches = torch.ones(len(audio_lengths), 2)
+            audio_features = self.adapt_audio(audio_states, audio_lengths, audio_branches, audio_pooled, audio_trained)
+        if only_targets:
+            return self._forward_targets(input_ids, attention_mask, audio_features, labels)
         if audio_features is not None:
             if input_ids is None:
                 raise ValueError("audio needs input_ids, whose placeholders say where it goes; got none.")
@@ -786,6 +851,24 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             labels=labels,
             **kwargs,
         )
+
+    def _forward_targets(self, input_ids, attention_mask, audio_features, labels) -> DualSLMTargetOutput:
+        _, embeds, mask, labels = self.pack_prompt(input_ids, attention_mask, audio_features, labels)
+        keep = labels.shape[1] - int((labels != -100).any(0).nonzero().min())  # from the first target on
+        # The LLM cuts out the kept positions as a view, for which a matrix product copies the whole output matrix once a
+        # sample: a third of a step's time on a CPU.
+        hook = self.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        try:
+            outputs = self.language_model(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=(mask.long().cumsum(-1) - 1).clamp(min=0),
+                logits_to_keep=keep + 1,  # one position earlier predicts the first target
+                use_cache=False,
+            )
+        finally:
+            hook.remove()
+        return DualSLMTargetOutput(outputs.logits[:, :-1], labels[:, -keep:], audio_features, mask.numel())
 
     @torch.no_grad()
     def generate(self, inputs: torch.LongTensor | None = None, **kwargs):
@@ -816,9 +899,14 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return output
 
     def pack_prompt(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, audio: DualSLMAudioFeatures | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embeds a prompt and moves its real positions to the right: (B, S') ids, (B, S', D) embeddings, (B, S') mask.
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        audio: DualSLMAudioFeatures | None,
+        labels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Embeds a prompt and moves its real positions to the right: (B, S') ids, (B, S', D) embeddings, (B, S') mask, and
+        (B, S') labels if there are any.
 
         Placeholders become token 0 in the ids, which only the logits processors still read.
         """
@@ -828,7 +916,13 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         how, what = self._placeholders(input_ids)
         ids = input_ids.masked_fill(how | what, 0).gather(1, order)
         embeds = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1]))
-        return ids, embeds, attention_mask.gather(1, order)
+        packed = (ids, embeds, attention_mask.gather(1, order))
+        return packed if labels is None else (*packed, labels.gather(1, order))
+
+
+def _with_gradient(embeds: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+    """The same values, with a gradient only where `trained`."""
+    return torch.where(trained.bool().view(-1, *[1] * (embeds.ndim - 1)), embeds, embeds.detach())
 
 
 def _join_chunks(states: torch.Tensor, lengths: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

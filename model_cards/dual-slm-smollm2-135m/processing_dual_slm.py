@@ -286,14 +286,18 @@ class DualSLMProcessor(ProcessorMixin):
     def sampling_rate(self) -> int:
         return self.feature_extractor.sampling_rate
 
-    def num_linguistic_tokens(self, num_samples: int) -> int:
-        """Placeholders of a clip of so many samples: encoder frames of all its chunks, k to one."""
+    def num_frames(self, num_samples: int) -> int:
+        """Encoder frames of a clip of so many samples, all its chunks together."""
         hop, chunk = self.feature_extractor.hop_length, CHUNK_SECONDS * self.sampling_rate
         frames = 0
         for start in range(0, num_samples, chunk):
             mel = -(-min(chunk, num_samples - start) // hop)
             frames += (mel + 1) // 2
-        return -(-frames // self.linguistic_downsample_rate)
+        return frames
+
+    def num_linguistic_tokens(self, num_samples: int) -> int:
+        """Placeholders of a clip of so many samples: k encoder frames to one."""
+        return -(-self.num_frames(num_samples) // self.linguistic_downsample_rate)
 
     def extract_features(self, clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
         """Log-mel of clips of any length, cut into chunks of at most 30 s.
@@ -344,7 +348,7 @@ class DualSLMProcessor(ProcessorMixin):
             raise ValueError(f"the caption template needs {sorted(missing)} too.")
         return self.caption_template.format(**attributes)
 
-    def _render_clip(self, part: dict, num_samples: int | None) -> str:
+    def _render_clip(self, part: dict) -> str:
         """What stands in the prompt for one spoken turn."""
         how, what = part["paralinguistic"], part["linguistic"]
         text = ""
@@ -353,16 +357,16 @@ class DualSLMProcessor(ProcessorMixin):
         elif how == "caption":
             text = part["caption"].strip()
         if what == "speech":
-            text += self.linguistic_token * self.num_linguistic_tokens(num_samples)
+            text += self.linguistic_token * -(-part["num_frames"] // self.linguistic_downsample_rate)
         elif what == "transcript":
             text += (" " if text else "") + part["transcript"].strip()
         return text
 
     def _read_part(self, part) -> dict:
-        """Checks one spoken turn; `audio` becomes samples if a branch hears it."""
+        """Checks one spoken turn; `audio` becomes samples if a branch hears it, and `num_frames` says how long it is."""
         if not isinstance(part, dict) or "array" in part:
             part = {"audio": part}
-        known = {"type", "audio", "path", "url", "sampling_rate", "transcript", "caption", *SOURCES}
+        known = {"type", "audio", "path", "url", "sampling_rate", "num_frames", "transcript", "caption", *SOURCES}
         unknown = set(part) - known
         if unknown:
             raise ValueError(f"unknown keys {sorted(unknown)} in a spoken turn; known are {sorted(known)}.")
@@ -376,11 +380,13 @@ class DualSLMProcessor(ProcessorMixin):
                     raise ValueError(f"{branch}: {source} needs the text {source!r} in the same spoken turn.")
                 self._refuse_placeholders(part[source])
         part["samples"] = None
-        if "speech" in (part["paralinguistic"], part["linguistic"]):
+        # Whoever gives num_frames has the encoder's features already (training caches them) and gives them to the model.
+        if "speech" in (part["paralinguistic"], part["linguistic"]) and part.get("num_frames") is None:
             given = [part[key] for key in ("audio", "path", "url") if part.get(key) is not None]
             if len(given) != 1:
                 raise ValueError(f"a spoken turn needs one of 'audio', 'path' and 'url', got {len(given)} of them.")
             part["samples"] = load_audio(given[0], part.get("sampling_rate"), self.sampling_rate)
+            part["num_frames"] = self.num_frames(len(part["samples"]))
         return part
 
     def _refuse_placeholders(self, text: str) -> None:
@@ -500,7 +506,7 @@ class DualSLMProcessor(ProcessorMixin):
                 c if isinstance(c, (dict, tuple)) else {"audio": c, "sampling_rate": sampling_rate} for c in audio
             ]
         parts = [self._read_part(clip) for clip in audio]
-        rendered = iter([self._render_clip(p, None if p["samples"] is None else len(p["samples"])) for p in parts])
+        rendered = iter([self._render_clip(part) for part in parts])
         prompts = [re.sub(re.escape(_AUDIO), lambda _: next(rendered), prompt) for prompt in texts]
         data = dict(
             self.tokenizer(
