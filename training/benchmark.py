@@ -210,3 +210,113 @@ def benchmark_align(rows: int = 48) -> dict[str, float]:
         figures[f"tokens/s, {name}"] = aligner.tokens / aligner.seconds
     figures["ratio of 16 to one by one"] = figures["tokens/s, batches of 16"] / figures["tokens/s, one by one"]
     return figures
+
+
+def benchmark_train(model, processor, steps: int = 6, batch_size: int = 16) -> dict[str, float]:
+    """A training step beside the unoptimised path and the floor, in one run.
+
+    The clips are the demo clip repeated to 2 to 14 s, half of them ASR, half attribute tasks after up to six turns.
+    Unoptimised: the encoder on log-mel padded to 30 s in every step, PyTorch's fused attention, logits at every position,
+    batches without buckets. Floor: `positions_floor` at this machine's matrix rate.
+    """
+    import dataclasses
+
+    from .collator import DualSLMCollator, TrainingCollator
+    from .corpora.schema import make_row
+    from .features import FeatureStore
+    from .recipe import StageRecipe
+    from .run import matrix_rate
+    from .trainer import BucketSampler, StageDataset, positions_floor
+
+    draw, rate = random.Random(0), processor.sampling_rate
+    dtype = next(model.language_model.parameters()).dtype
+    text = DEMO_TRANSCRIPT.read_text(encoding="utf-8").strip()
+    stage = StageRecipe(name="benchmark", err_stage="disentangle", tasks={"asr": 1, "emotion": 1})
+    floor_rate = matrix_rate(str(dtype).removeprefix("torch."))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0)
+    times = dict.fromkeys(("collate", "adapters", "LLM forward and loss", "backward", "optimiser"), 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        import soundfile
+
+        rows = []
+        for n in range(steps * batch_size):
+            seconds = draw.uniform(2, 14)
+            path = Path(folder) / f"{n}.flac"
+            soundfile.write(path, _clip(seconds, rate), rate)
+            history = [{"role": r, "content": text} for r in ("user", "assistant") * 3][: 2 * draw.randint(0, 3)]
+            row = make_row(id=str(n), corpus="b", split="train", audio=str(path), duration=seconds, history=history)
+            words = " ".join((text.split() * 5)[: int(seconds * 3)])
+            rows.append(row | {"transcript": words, "caption": "(sad voice)", "emotion": ("sad", "happy")[n % 2]})
+        store = FeatureStore(Path(folder) / "features", model.config)
+        started = time.perf_counter()
+        store.build(rows, model, processor)
+        cache_seconds = time.perf_counter() - started
+        dataset = StageDataset(rows, stage, 0)
+        joint = StageDataset(rows, dataclasses.replace(stage, err_stage="joint"), 0)
+        collator, plain = TrainingCollator(processor, store), DualSLMCollator(processor)
+        model.train()
+
+        def fast(keys) -> tuple[int, int]:
+            laps = [time.perf_counter()]
+            batch = collator([dataset[key] for key in keys])
+            batch.pop("task_ids")
+            laps.append(time.perf_counter())
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                audio = model.adapt_audio(
+                    *(batch.pop(name) for name in ("audio_states", "audio_lengths", "audio_branches")),
+                    batch.pop("audio_pooled", None),
+                    batch.pop("audio_trained"),
+                )
+                laps.append(time.perf_counter())
+                output = model(**batch, audio_features=audio, only_targets=True)
+                known = output.labels != -100
+                loss = torch.nn.functional.cross_entropy(output.logits[known].float(), output.labels[known])
+            laps.append(time.perf_counter())
+            loss.backward()
+            laps.append(time.perf_counter())
+            optimizer.step()
+            optimizer.zero_grad()
+            laps.append(time.perf_counter())
+            for name, start, end in zip(times, laps, laps[1:], strict=False):
+                times[name] += end - start
+            return output.num_positions, int(known.sum())
+
+        def slow(keys) -> None:
+            batch = plain([joint[key].sample for key in keys])
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        buckets = list(BucketSampler(dataset, batch_size, 0))
+        mixed = list(BucketSampler(dataset, batch_size, 0, bucketing=False))
+        padding, attention = model.config.encoder_padding, model.language_model.config._attn_implementation
+        fast_seconds, slow_seconds, positions, targets = 0.0, 0.0, 0, 0
+        for number, (ours, theirs) in enumerate(zip(buckets, mixed, strict=True)):
+            model.language_model.set_attn_implementation("sdpa" if torch.cuda.is_available() else "eager")
+            started = time.perf_counter()
+            done = fast(ours)
+            middle = time.perf_counter()
+            model.config.encoder_padding = processor.encoder_padding = "max_length"
+            model.language_model.set_attn_implementation("sdpa")
+            again = time.perf_counter()
+            slow(theirs)
+            end = time.perf_counter()
+            model.config.encoder_padding = processor.encoder_padding = padding
+            if number == 0:  # warm-up
+                times = dict.fromkeys(times, 0.0)
+                continue
+            fast_seconds, slow_seconds = fast_seconds + middle - started, slow_seconds + end - again
+            positions, targets = positions + done[0], targets + done[1]
+        model.language_model.set_attn_implementation(attention)
+        model.eval()
+    measured = steps - 1
+    text_config = model.config.get_text_config()
+    floor = positions_floor(positions, targets, text_config) / floor_rate
+    figures = {"seconds a step": fast_seconds / measured, "unoptimised seconds a step": slow_seconds / measured}
+    figures |= {"times as fast as unoptimised": slow_seconds / fast_seconds, "times the floor": fast_seconds / floor}
+    figures |= {f"share of {name} %": 100 * value / fast_seconds for name, value in times.items()}
+    figures |= {"matrix rate TFLOPS": floor_rate / 1e12, "positions a step": positions / measured}
+    return figures | {"once, for the cache, s": cache_seconds, "samples a step": batch_size}

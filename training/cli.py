@@ -314,15 +314,21 @@ def train(args: argparse.Namespace) -> None:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    """What it costs; `reply`: seconds to the first token, `corpus`: rows to batches, `align`: batched generation."""
-    from .benchmark import benchmark_align, benchmark_corpus, benchmark_reply, show
+    """What it costs; `reply`: seconds to the first token, `train`: a step, `corpus`: rows to batches, `align`: replies."""
+    from .benchmark import benchmark_align, benchmark_corpus, benchmark_reply, benchmark_train, show
 
     if args.what == "reply":
         model, processor = load(args)
         result = benchmark_reply(model, processor, args.seconds, args.repeats, args.max_new_tokens)
         print(json.dumps(result) if args.json else show(result))
         return
-    result = benchmark_corpus() if args.what == "corpus" else benchmark_align()
+    if args.what == "train":
+        result = benchmark_train(*load(args), batch_size=args.batch_size)
+    else:
+        result = benchmark_corpus() if args.what == "corpus" else benchmark_align()
+    if args.json:
+        print(json.dumps(result))
+        return
     for name, value in result.items():
         print(f"{name:36} {value:,.2f}" if isinstance(value, float) else f"{name:36} {value:,}")
 
@@ -434,10 +440,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--message", default="Upload checkpoint")
 
     sub = command("benchmark", benchmark)
-    sub.add_argument("what", choices=["reply", "corpus", "align"])
+    sub.add_argument("what", choices=["reply", "train", "corpus", "align"])
     _model_arguments(sub)
     sub.add_argument("--seconds", type=float, default=4.0, help="length of the spoken turn")
     sub.add_argument("--repeats", type=int, default=7)
+    sub.add_argument("--batch-size", type=int, default=16, help="of a training step")
     sub.add_argument("--max-new-tokens", type=int, default=32)
     sub.add_argument("--json", action="store_true")
     return parser

@@ -183,12 +183,12 @@ def _set(values: dict, setting: str) -> None:
         raise ValueError(f"--set {setting}: it is KEY=VALUE, for example train.batch_size=8.")
     *way, last = keys.split(".")
     place = values
-    for key in way:
+    for depth, key in enumerate(way):
         if isinstance(place, list):
             if not key.isdigit() or int(key) >= len(place):
                 raise ValueError(f"--set {setting}: {key!r} is none of the {len(place)} stages (0, 1 ...).")
             place = place[int(key)]
-        elif key in _SECTIONS or key in place:
+        elif key in _SECTIONS or key in place or depth > 0:  # a wrong key below a section is found when it is parsed
             place = place.setdefault(key, {})
         else:
             raise ValueError(f"--set {setting}: no key {key!r}{_nearest(key, [*_SECTIONS, 'stages'])}")

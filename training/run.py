@@ -63,10 +63,20 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
 
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
     if about.start_from:
-        if about.config:
-            raise ValueError("model.config and model.start_from contradict: a checkpoint has a config of its own.")
+        processor = DualSLMProcessor.from_pretrained(about.start_from)
+        added = {"paralinguistic_soft_residual"}  # starts at zero: the adapters are those of the checkpoint
+        if set(about.config) - added:
+            raise ValueError(
+                f"model.start_from: the checkpoint has a config of its own; model.config may add {', '.join(added)} alone."
+            )
         model = DualSLMForConditionalGeneration.from_pretrained(about.start_from, **options)
-        return model, DualSLMProcessor.from_pretrained(about.start_from)
+        if about.config.get("paralinguistic_soft_residual") and model.paralinguistic_adapter.residual is None:
+            adapter = model.paralinguistic_adapter
+            adapter.residual = torch.nn.Linear(adapter.output.in_features, adapter.output.out_features)
+            torch.nn.init.zeros_(adapter.residual.weight)
+            torch.nn.init.zeros_(adapter.residual.bias)
+            model.config.paralinguistic_soft_residual = True
+        return model, processor
     for name in (about.audio_model_id, about.text_model_id):
         if name in BACKBONES:
             fetch_backbone(name)

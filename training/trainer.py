@@ -249,19 +249,21 @@ class DualSLMTrainer(Seq2SeqTrainer):
         trained = inputs["audio_trained"].bool() & inputs["audio_branches"].bool()
         if "ctc_labels" in inputs and audio.linguistic_logits is not None:
             heard = inputs["audio_branches"].bool()[:, 1]
-            labels, learns = inputs["ctc_labels"][heard], trained[heard, 1]
+            learns = trained[heard, 1]
+            labels = inputs["ctc_labels"][heard][learns]
             target_lengths = (labels != -100).sum(-1)
-            losses = nn.functional.ctc_loss(
-                audio.linguistic_logits.float().log_softmax(-1).transpose(0, 1),
-                labels.clamp(min=0),
-                audio.linguistic_placeholders,
-                target_lengths,
-                blank=audio.linguistic_logits.shape[-1] - 1,
-                reduction="none",
-                zero_infinity=True,
-            ) / target_lengths.clamp(min=1)
-            total = total + self.stage.ctc_share * (losses * learns).sum() / size
-            self._add(mode, len(TASKS), losses[learns])
+            if len(labels):
+                losses = nn.functional.ctc_loss(
+                    audio.linguistic_logits[learns].float().log_softmax(-1).transpose(0, 1),
+                    labels.clamp(min=0),
+                    audio.linguistic_placeholders[learns],
+                    target_lengths,
+                    blank=audio.linguistic_logits.shape[-1] - 1,
+                    reduction="none",
+                    zero_infinity=True,
+                ) / target_lengths.clamp(min=1)
+                total = total + self.stage.ctc_share * losses.sum() / size
+                self._add(mode, len(TASKS), losses)
         if "caption_labels" in inputs and audio.paralinguistic_logits is not None:
             heard = inputs["audio_branches"].bool()[:, 0]
             labels, learns = inputs["caption_labels"][heard], trained[heard, 0]

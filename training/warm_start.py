@@ -234,7 +234,7 @@ def _descend(
         optimizer.step()
         schedule.step()
         running = value.item() if running is None else 0.97 * running + 0.03 * value.item()
-        bar.set_postfix(loss=f"{running:.3f}")
+        bar.set_postfix(loss=f"{running:.3f}", refresh=False)
         if step % evaluate_every == 0 or step == steps:
             entry = about | {"step": step, "loss": round(running, 4)}
             if evaluate is not None:

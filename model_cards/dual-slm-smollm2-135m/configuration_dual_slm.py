@@ -50,6 +50,9 @@ class DualSLMConfig(PreTrainedConfig):
         paralinguistic_soft_vocab_size (`int`, defaults to 0):
             If positive, each output is the softmax-weighted mean of that many of the LLM's own token embeddings (the
             pieces that captions are spelled with) in place of the free vector.
+        paralinguistic_soft_residual (`bool`, defaults to `False`):
+            Add a free vector to each soft token, from a linear layer that starts at zero: nothing is lost of what the
+            warm start taught, and training through the LLM can say what no mixture of caption pieces says.
         linguistic_downsample_rate (`int`, defaults to 5):
             Encoder frames (50 Hz) concatenated into one embedding: 5 gives 10 Hz (paper).
         linguistic_hidden_size (`int`, defaults to 2048):
@@ -98,6 +101,7 @@ class DualSLMConfig(PreTrainedConfig):
         paralinguistic_layer_mix: bool = False,
         paralinguistic_hidden_size: int | None = None,
         paralinguistic_soft_vocab_size: int = 0,
+        paralinguistic_soft_residual: bool = False,
         linguistic_downsample_rate: int = 5,
         linguistic_hidden_size: int = 2048,
         linguistic_dropout: float = 0.0,
@@ -131,6 +135,7 @@ class DualSLMConfig(PreTrainedConfig):
         self.paralinguistic_layer_mix = paralinguistic_layer_mix
         self.paralinguistic_hidden_size = paralinguistic_hidden_size
         self.paralinguistic_soft_vocab_size = paralinguistic_soft_vocab_size
+        self.paralinguistic_soft_residual = paralinguistic_soft_residual
         self.linguistic_downsample_rate = linguistic_downsample_rate
         self.linguistic_hidden_size = linguistic_hidden_size
         self.linguistic_dropout = linguistic_dropout

@@ -115,6 +115,9 @@ class ParalinguisticAdapter(nn.Module):
         self.soft_tokens = None
         if config.paralinguistic_soft_vocab_size:
             self.soft_tokens = SoftTokens(config.paralinguistic_soft_vocab_size)
+        self.residual = None
+        if config.paralinguistic_soft_residual:
+            self.residual = nn.Linear(inner, out)
 
     def pool(self, states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """(A, L, T, C) -> what the linear part reads: (A, N, P), or with statistics (A, L, P), not mixed yet."""
@@ -132,6 +135,10 @@ class ParalinguisticAdapter(nn.Module):
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
         """What `pool` gives -> outputs (A, N, D), before soft tokens. Training caches `pool` and starts here."""
+        return self.output(self._inner(pooled))
+
+    def _inner(self, pooled: torch.Tensor) -> torch.Tensor:
+        """What the output layer reads, (A, N, P)."""
         if self.pooling == "statistics":
             pooled = (pooled - self.statistics_mean) / self.statistics_scale
             if self.layer_weights is not None and pooled.shape[1] == len(self.layer_weights):
@@ -143,7 +150,7 @@ class ParalinguisticAdapter(nn.Module):
             states = states + self.slot_vectors
         if self.hidden is not None:
             states = self.dropout(nn.functional.gelu(states))
-        return self.output(states)
+        return states
 
     def forward(
         self, states: torch.Tensor, lengths: torch.Tensor, embedding: nn.Module
@@ -161,12 +168,14 @@ class ParalinguisticAdapter(nn.Module):
 
     def embed(self, pooled: torch.Tensor, embedding: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What `pool` gives -> what `forward` returns."""
-        outputs = self.project(pooled)
+        inner = self._inner(pooled)
+        outputs = self.output(inner)
         if self.soft_tokens is None:
             return outputs, None
         rows = self.soft_tokens.rows(embedding)
         logits = self.soft_tokens.logits(outputs, rows)
-        return logits.softmax(-1) @ rows, logits
+        embeds = logits.softmax(-1) @ rows
+        return embeds if self.residual is None else embeds + self.residual(inner), logits
 
 
 class LinguisticAdapter(nn.Module):
@@ -424,6 +433,9 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 init.normal_(module.slot_vectors, std=1.0)
             if module.layer_weights is not None:
                 init.zeros_(module.layer_weights)
+            if module.residual is not None:
+                init.zeros_(module.residual.weight)
+                init.zeros_(module.residual.bias)
             if module.pooling == "statistics":
                 init.zeros_(module.statistics_mean)
                 init.ones_(module.statistics_scale)
