@@ -19,9 +19,9 @@ from dual_slm.training.attributes import Thresholds, describe, label_row, tertil
 from dual_slm.training.cli import main
 from dual_slm.training.collator import DualSLMCollator
 from dual_slm.training.corpora.schema import Report, make_row, read_table, write_table
-from dual_slm.training.corpora.stats import first_speech_positions, leaks
 from dual_slm.training.corpora.synthesis import build
 from dual_slm.training.journal import Journal
+from dual_slm.training.stats import first_speech_positions, leaks
 from dual_slm.training.tasks import (
     KINDS,
     cut_histories,

@@ -23,6 +23,7 @@ from dual_slm.training.corpora.schema import make_row, write_table
 from dual_slm.training.err import draw_sources
 from dual_slm.training.features import FeatureStore
 from dual_slm.training.recipe import RECIPES, StageRecipe, load_recipe
+from dual_slm.training.run import make_model as training_model
 from dual_slm.training.run import run
 from dual_slm.training.trainer import BucketSampler, StageDataset, checkpoint_activations, last_checkpoint
 
@@ -368,6 +369,30 @@ def test_draws_do_not_depend_on_who_asks(bench):
         BucketSampler(dataset, 99, seed=0)
 
 
+def test_a_residual_starts_as_nothing_and_learns(tiny_backbones, tmp_path):
+    """Going on from a warm start with `paralinguistic_soft_residual`: the same embeddings, until it is trained."""
+    model, processor = make_model(tiny_backbones, kind="warm")
+    model.save_pretrained(tmp_path / "ckpt")
+    processor.save_pretrained(tmp_path / "ckpt")
+    recipe = load_recipe(str(world(tmp_path, tiny_backbones)))
+    recipe.model.start_from, recipe.model.config = str(tmp_path / "ckpt"), {"paralinguistic_soft_residual": True}
+    going_on, _ = training_model(recipe)
+    inputs = processor.extract_features([tone(0.8)])
+    with torch.inference_mode():
+        before, after = (m.get_audio_features(**inputs).paralinguistic_embeds for m in (model, going_on))
+    assert torch.equal(before, after)
+    going_on.paralinguistic_adapter.residual.weight.data.normal_()
+    going_on.save_pretrained(tmp_path / "with")
+    loaded = DualSLMForConditionalGeneration.from_pretrained(tmp_path / "with")
+    with torch.inference_mode():
+        changed, again = (m.get_audio_features(**inputs).paralinguistic_embeds for m in (going_on, loaded))
+    assert torch.equal(changed, again)
+    assert not torch.equal(changed, before)
+    recipe.model.config = {"linguistic_hidden_size": 9}
+    with pytest.raises(ValueError, match="the checkpoint has a config of its own"):
+        training_model(recipe)
+
+
 # ---- features --------------------------------------------------------------------------------------------------------
 
 
@@ -468,3 +493,21 @@ def test_a_loss_that_is_not_finite_stops_with_what_there_is(tiny_backbones, tmp_
     with pytest.raises(FloatingPointError, match="the loss is nan at step"):
         run(load_recipe(str(recipe), settings), tmp_path / "run")
     assert (tmp_path / "run/stage-0/final/model.safetensors").is_file()
+
+
+def test_the_speedrun_in_short(tmp_path):
+    """The real backbones, from synthesised speech to a checkpoint that loads and answers, by the command line."""
+    settings = ["data.synthesise_hours=0.05", "data.synthesise_engines=[piper]", "data.validation_rows=4"]
+    settings += ["data.alignment.max_new_tokens=8", "warm_start.steps=[4]", "warm_start.caption_steps=6"]
+    settings += ["train.batch_size=4", "train.eval_steps=2", "train.save_steps=2"]
+    settings += [f"stages.{n}.max_steps=2" for n in range(3)]
+    command = [sys.executable, "-m", "dual_slm.training.cli", "train", "--recipe", "speedrun"]
+    command += ["--output", str(tmp_path / "run"), "--set", *settings]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    final = tmp_path / "run" / "final"
+    assert result.stdout.strip().endswith(str(final))
+    clip = next((tmp_path / "run" / "corpus").rglob("*.flac"))
+    command = [sys.executable, "-m", "dual_slm.training.cli", "reply", str(clip), "--model", str(final), "--json"]
+    answer = subprocess.run([*command, "--max-new-tokens", "8"], capture_output=True, text=True, check=True)
+    assert set(json.loads(answer.stdout)["attributes"]) == {"gender", "pitch", "tempo", "energy", "emotion"}

@@ -222,7 +222,7 @@ def corpus_stats(args: argparse.Namespace) -> None:
 
     from ..modeling_dual_slm import resolve_backbone
     from .corpora.schema import read_table
-    from .corpora.stats import describe_table, first_speech_positions, leaks, plot_table
+    from .stats import describe_table, first_speech_positions, leaks, plot_table
 
     rows = list(read_table(*args.tables))
     tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(args.tokenizer))

@@ -247,12 +247,13 @@ def build(
     rows, seconds, limit = [], 0.0, math.inf if hours is None else hours * 3600
     output.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=None if hours is None else round(limit), unit="s of speech", desc="synthesis")
-    with ProcessPoolExecutor(processes or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    processes = processes or os.cpu_count()
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         # map feeds the whole (endless) generator ahead of the results, so it is fed in parts.
         source, more = jobs(), True
         while more and seconds < limit:
-            part = [job for _, job in zip(range(8), source, strict=False)]
-            more = len(part) == 8
+            part = [job for _, job in zip(range(processes), source, strict=False)]
+            more = len(part) == processes
             for row in (row for block in pool.map(_make_block, part) for row in block):
                 if seconds < limit:
                     rows.append(row)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..attributes import MEASURED
-from ..tasks import ATTRIBUTES, label_sets, make_sample, tasks_of
-from . import CORPORA
-from .schema import SPLITS
+from .attributes import MEASURED
+from .corpora import CORPORA
+from .corpora.schema import SPLITS
+from .tasks import ATTRIBUTES, label_sets, make_sample, tasks_of
 
 
 def count(rows: list[dict]) -> list[dict]:
