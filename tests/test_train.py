@@ -417,7 +417,7 @@ def test_features_are_known_by_content_and_survive_damage(bench, tmp_path, tiny_
     small = FeatureStore(tmp_path / "8", model.config, bits=8)
     small.build(rows[:3], model, processor, workers=0)
     scale = store.get(rows[2]).abs().max()
-    assert (small.get(rows[2]) - store.get(rows[2])).abs().max() < scale / 100
+    assert (small.get(rows[2]) - store.get(rows[2])).abs().max() < scale / 50  # and the encoder rounds to bfloat16
     (shard,) = store.folder.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"the feature shard .* is damaged.*Delete it"):

@@ -254,7 +254,7 @@ class DualSLMTrainer(Seq2SeqTrainer):
             target_lengths = (labels != -100).sum(-1)
             if len(labels):
                 losses = nn.functional.ctc_loss(
-                    audio.linguistic_logits[learns].float().log_softmax(-1).transpose(0, 1),
+                    audio.linguistic_logits.float().log_softmax(-1).transpose(0, 1),
                     labels.clamp(min=0),
                     audio.linguistic_placeholders[learns],
                     target_lengths,

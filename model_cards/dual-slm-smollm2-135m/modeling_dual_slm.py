@@ -207,30 +207,45 @@ class LinguisticAdapter(nn.Module):
         return -(-lengths // self.rate)
 
     def forward(
-        self, states: torch.Tensor, lengths: torch.Tensor, embedding: nn.Module
+        self,
+        states: torch.Tensor,
+        lengths: torch.Tensor,
+        embedding: nn.Module,
+        trained: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             states: (A, T, C), the encoder's last layer.
             lengths: (A,), real frames.
             embedding: the LLM's input embedding.
+            trained: (A,), whether a sample gives a gradient. Default: all do.
 
         Returns:
             (M, D) embeddings of all samples one after the other, (A,) how many each sample has, and with CTC the (M,)
-            most likely token of each and the logits (A, T', V + 1) of every output.
+            most likely token of each and the logits (trained samples, T', V + 1) of every output.
         """
-        outputs, lengths = self.project(states, lengths), self.output_lengths(lengths)
-        if self.soft_tokens is None:
-            return outputs[_length_mask(lengths, outputs.shape[1])], lengths, None, None
-        rows = self.soft_tokens.rows(embedding)
-        logits = self.soft_tokens.logits(outputs, rows)
-        embeds, tokens = [], []
-        for sample, length in zip(logits, lengths, strict=True):
-            probabilities, ids = self.soft_tokens.segments(sample[:length])
-            embeds.append(probabilities @ rows)
-            tokens.append(ids)
-        counts = torch.tensor([len(ids) for ids in tokens], device=outputs.device)
-        return torch.cat(embeds), counts, torch.cat(tokens), logits
+        if trained is None:
+            trained = torch.ones(len(lengths), dtype=torch.bool, device=states.device)
+        groups = [indices for indices in (trained.nonzero()[:, 0], (~trained).nonzero()[:, 0]) if len(indices)]
+        embeds, tokens = [None] * len(lengths), [None] * len(lengths)
+        rows = None if self.soft_tokens is None else self.soft_tokens.rows(embedding)
+        kept = None
+        for indices in groups:
+            learns = bool(trained[indices[0]])
+            with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+                outputs = self.project(states[indices], lengths[indices])
+                sizes = self.output_lengths(lengths[indices])
+                if rows is None:
+                    for index, output, size in zip(indices.tolist(), outputs, sizes, strict=True):
+                        embeds[index] = output[:size]
+                    continue
+                logits = self.soft_tokens.logits(outputs, rows)
+                kept = logits if learns else kept
+                for index, sample, size in zip(indices.tolist(), logits, sizes, strict=True):
+                    probabilities, tokens[index] = self.soft_tokens.segments(sample[:size])
+                    embeds[index] = probabilities @ rows
+        counts = torch.tensor([len(sample) for sample in embeds], device=states.device)
+        return torch.cat(embeds), counts, None if rows is None else torch.cat(tokens), kept
 
 
 class SoftTokens(nn.Module):
@@ -266,16 +281,16 @@ class SoftTokens(nn.Module):
         Returns:
             (M, V) mean probabilities over each segment's frames, the blank's share removed, and (M,) LLM token ids.
         """
-        probabilities = logits.softmax(-1)
-        best = probabilities.argmax(-1)
+        best = logits.argmax(-1)
         starts = torch.ones_like(best, dtype=torch.bool)
         starts[1:] = best[1:] != best[:-1]
-        segment = starts.cumsum(0) - 1
-        count = int(starts.sum())
-        membership = nn.functional.one_hot(segment, count).to(probabilities.dtype)  # (T', segments)
-        spoken = best[starts] != len(self.token_ids)
-        mean = (membership.T @ probabilities)[spoken, :-1]
-        return mean / mean.sum(-1, keepdim=True), self.token_ids[best[starts][spoken]]
+        spoken = best != len(self.token_ids)
+        starts &= spoken
+        segment = (starts.cumsum(0) - 1)[spoken]
+        probabilities = logits[spoken].softmax(-1)[:, :-1]  # of frames that are not dropped: about a third
+        membership = segment[:, None] == torch.arange(int(starts.sum()), device=segment.device)  # (frames, segments)
+        mean = membership.to(probabilities.dtype).T @ probabilities
+        return mean / mean.sum(-1, keepdim=True), self.token_ids[best[starts]]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -350,7 +365,7 @@ class DualSLMAudioFeatures(ModelOutput):
         linguistic_lengths: (Q,), embeddings of each clip; they add up to M.
         linguistic_placeholders: (Q,), placeholders that the processor gave each clip; more than the length with CTC.
         linguistic_token_ids: (M,), the token each embedding is nearest to, with CTC.
-        linguistic_logits: (Q, T', V + 1) of every output, with CTC; what training may keep a CTC loss on.
+        linguistic_logits: (trained clips, T', V + 1) of every output, with CTC; training may keep a CTC loss on them.
     """
 
     paralinguistic_embeds: torch.Tensor | None = None
@@ -741,9 +756,8 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             features.paralinguistic_embeds, features.paralinguistic_logits = embeds, logits
         if what.any():
             adapter = self.linguistic_adapter
-            embeds, counts, token_ids, logits = adapter(states[what][:, -1], lengths[what], embedding)
-            if audio_trained is not None:
-                embeds = _with_gradient(embeds, audio_trained.to(device)[what, 1].repeat_interleave(counts))
+            trained = None if audio_trained is None else audio_trained.to(device)[what, 1].bool()
+            embeds, counts, token_ids, logits = adapter(states[what][:, -1], lengths[what], embedding, trained)
             features.linguistic_embeds, features.linguistic_lengths = embeds, counts
             features.linguistic_placeholders = adapter.output_lengths(lengths[what])
             features.linguistic_token_ids, features.linguistic_logits = token_ids, logits
