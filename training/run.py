@@ -352,6 +352,7 @@ def run_stage(
     if about.activation_checkpointing:
         checkpoint_activations(model)
     longest = max(len(processor.tokenizer(item.sample.target)["input_ids"]) for item in items)
+    checkpoint = last_checkpoint(folder) if resume else None
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(folder),
         seed=about.seed,
@@ -369,6 +370,7 @@ def run_stage(
         bf16=about.bf16,
         use_cpu=not torch.cuda.is_available(),
         eval_strategy="steps",
+        eval_on_start=checkpoint is None,  # the log says where the stage began
         eval_steps=about.eval_steps,
         save_strategy="steps",
         save_steps=about.save_steps,
@@ -401,7 +403,6 @@ def run_stage(
         compute_metrics=reply_metrics(items, processor, recipe.data.read_aloud),
         callbacks=[_Curves(folder)],
     )
-    checkpoint = last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
     figures = trainer.evaluate()
     if PartialState().is_main_process:
