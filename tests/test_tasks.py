@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -177,6 +178,10 @@ def test_captions_say_what_is_known_and_nothing_else():
         assert "pitch" not in words
         assert "energy" not in words
     assert describe(dict.fromkeys(known), random.Random(0)) is None
+    for name, label in {"gender": "male", "pitch": "low", "tempo": "slow", "energy": "high", "emotion": "sad"}.items():
+        for seed in range(20):  # whichever one is known, the sentence holds together
+            caption = describe(dict.fromkeys(known) | {name: label}, random.Random(seed))
+            assert not re.search(r"\b(in|at|with|by) (in|at|with|by)\b|  |[,;:] ?[)\]]", caption), caption
 
 
 def test_what_the_corpus_says_stays_and_the_rest_is_filled_in():
