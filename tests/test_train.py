@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -18,14 +20,21 @@ from safetensors.torch import load_file
 
 from conftest import LABELS, make_model, tone
 from dual_slm import DualSLMForConditionalGeneration
+from dual_slm.training.alignment import score_targets
 from dual_slm.training.collator import DualSLMCollator, TrainingCollator
 from dual_slm.training.corpora.schema import make_row, write_table
-from dual_slm.training.err import draw_sources
+from dual_slm.training.err import Sources, draw_sources
 from dual_slm.training.features import FeatureStore
 from dual_slm.training.recipe import RECIPES, StageRecipe, load_recipe
 from dual_slm.training.run import make_model as training_model
 from dual_slm.training.run import run
-from dual_slm.training.trainer import BucketSampler, StageDataset, checkpoint_activations, last_checkpoint
+from dual_slm.training.trainer import (
+    BucketSampler,
+    DualSLMTrainer,
+    StageDataset,
+    checkpoint_activations,
+    last_checkpoint,
+)
 
 # ---- ERR -------------------------------------------------------------------------------------------------------------
 
@@ -285,6 +294,33 @@ def test_cached_packed_training_has_the_loss_of_the_plain_model(bench):
     assert loss.item() == pytest.approx(expected.item(), rel=2e-2)  # bfloat16 encoder in the cache
     assert (output.labels != -100).sum() == (plain["labels"] != -100).sum()
     assert output.logits.shape[1] < plain["labels"].shape[1]
+
+
+def test_the_teacher_is_the_frozen_llm_on_the_text_twin(bench):
+    """Where both branches come from text, model and teacher see the same: no divergence, with all tokens kept."""
+    model, processor, store, rows = bench
+    dataset = StageDataset(rows, stage(err_stage="joint"), seed=0)
+    items = [dataset.item(row, "dialogue") for row in rows[:5]]
+    size = model.config.get_text_config().vocab_size
+    scores = score_targets([item.sample for item in items], model, DualSLMCollator(processor), k=size, batch_size=2)
+    known = [replace(item, teacher=scores[item.sample.id]) for item in items]
+    for sources, equal in ((("caption", "transcript"), True), (("speech", "speech"), False)):
+        batch = TrainingCollator(processor, store)(
+            [replace(item, sources=Sources(*sources, False, False)) for item in [*known, dataset.item(rows[6], "asr")]]
+        )
+        ids, teacher = batch.pop("teacher_ids"), batch.pop("teacher_log_probs")
+        batch.pop("task_ids")
+        with torch.no_grad():
+            output = model(**batch, only_targets=True)
+        mask = output.labels != -100
+        log_probs = output.logits[mask].float().log_softmax(-1)
+        token_loss = -log_probs.gather(-1, output.labels[mask][:, None])[:, 0]
+        judge = SimpleNamespace(stage=stage(objective="kl"))
+        loss = DualSLMTrainer._with_teacher(judge, token_loss, log_probs, ids, teacher)
+        taught = torch.isfinite(teacher[:, 0])
+        assert taught.sum() == sum(len(ids) for ids, _ in scores.values())
+        assert torch.equal(loss[~taught], token_loss[~taught])  # the ASR row has no teacher
+        assert (loss[taught].abs().max() < 1e-4) == equal
 
 
 def test_err_freezes_the_other_adapter_for_each_sample(bench):
