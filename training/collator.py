@@ -8,7 +8,7 @@ from ..processing_dual_slm import DualSLMProcessor
 from .err import Sources
 from .features import FeatureStore, pad_frames
 from .tasks import TASKS, Sample
-from .warm_start import Speller
+from .warm_start import Speller, caption_targets
 
 
 class DualSLMCollator:
@@ -35,9 +35,8 @@ class DualSLMCollator:
                 f"the chat template writes {whole!r} for a question and its answer, which does not begin with the prompt "
                 f"{prompt!r} and the answer. Give a chat_template without additions to the processor."
             )
-        self.end = self._encode(whole[len(prompt) + len("Answer.") :])[
-            :1
-        ]  # what ends a turn, without a line break behind
+        behind = self._encode(whole[len(prompt) + len("Answer.") :])
+        self.end = behind[:1]  # what ends a turn, without a line break behind
         if not self.end:
             raise ValueError("the chat template writes nothing behind an answer: the model could not learn to stop.")
 
@@ -109,7 +108,7 @@ class TrainingCollator(DualSLMCollator):
     ):
         super().__init__(processor, with_prompts)
         self.store, self.speller = store, speller
-        self.slots = processor.caption_slots if captions else None
+        self.captions = captions and processor.caption_slots is not None
 
     def __call__(self, items: list[Item]) -> dict[str, torch.Tensor]:
         """
@@ -137,8 +136,8 @@ class TrainingCollator(DualSLMCollator):
         if self.speller is not None:
             spelled = [torch.tensor(self.speller(item.row["transcript"] or ""), dtype=torch.long) for item in items]
             batch["ctc_labels"] = torch.nn.utils.rnn.pad_sequence(spelled, batch_first=True, padding_value=-100)
-        if self.slots is not None:
-            batch["caption_labels"] = torch.tensor([self._slot_targets(item.row) for item in items])
+        if self.captions:
+            batch["caption_labels"] = caption_targets([item.row for item in items], self.processor)
         known = next((item.teacher for item in items if item.teacher is not None), None)
         if known is not None:
             counts = [int((row != -100).sum()) for row in batch["labels"]]
@@ -163,7 +162,3 @@ class TrainingCollator(DualSLMCollator):
                 part["num_frames"] = num_frames
             content.append(part)
         return replace(item.sample, messages=[*earlier, turn | {"content": content}])
-
-    def _slot_targets(self, row: dict) -> list[int]:
-        labels = self.slots.labels
-        return self.slots.targets({name: row[name] for name in labels if row[name] in labels[name]})

@@ -110,7 +110,6 @@ class Data:
 
     train: list[dict]
     validation: list[dict]
-    test: list[dict]
     fingerprint: str
 
 
@@ -146,7 +145,7 @@ def load_data(recipe: Recipe, folder: Path) -> Data:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(f"{row['id']}\t{row['split']}\t{row['transcript']}\t{row['response']}\n".encode())
-    split = {name: [row for row in rows if row["split"] == name] for name in ("train", "validation", "test")}
+    split = {name: [row for row in rows if row["split"] == name] for name in ("train", "validation")}
     if not split["train"] or not split["validation"]:
         raise ValueError(
             f"there are {len(split['train'])} training and {len(split['validation'])} validation rows; both are needed."
@@ -154,7 +153,7 @@ def load_data(recipe: Recipe, folder: Path) -> Data:
     train = list(split["train"])
     for row in split["train"]:
         train += [row | {"augment": copy} for copy in range(1, about.augment.get(row["corpus"], 0) + 1)]
-    return Data(train, split["validation"], split["test"], digest.hexdigest())
+    return Data(train, split["validation"], digest.hexdigest())
 
 
 def _synthesised(recipe: Recipe, folder: Path) -> Path:
@@ -166,12 +165,10 @@ def _synthesised(recipe: Recipe, folder: Path) -> Path:
             build(read_texts(None), corpus, recipe.data.synthesise_hours, recipe.train.seed, engines=engines)
         report = Report()
         rows = list(check_rows(read(corpus, report), report))
-        if (
-            len({row["split"] for row in rows}) < 3
-        ):  # too few voices for splits by voice: by the clip's voice and tract
+        if len({row["split"] for row in rows}) < 3:  # too few voices for splits by voice: by voice and vocal tract
+            tenths = ("train",) * 8 + ("validation", "test")
             for row in rows:
-                row["split"] = ("train",) * 8 + ("validation", "test")
-                row["split"] = row["split"][int(hashlib.sha256(row["speaker"].encode()).hexdigest(), 16) % 10]
+                row["split"] = tenths[int(hashlib.sha256(row["speaker"].encode()).hexdigest(), 16) % 10]
         journal = Journal(folder / "measured.jsonl")
         rows = list(measure_rows(rows, journal, report))
         thresholds = tertiles(rows)

@@ -6,7 +6,6 @@ Every prompt is drawn by (seed, id), so two checkpoints are asked the same.
 """
 
 import argparse
-import hashlib
 import json
 from collections import defaultdict
 from dataclasses import replace
@@ -16,10 +15,11 @@ import torch
 from tqdm import tqdm
 
 from ..backbones import ASSETS
-from ..corpora.schema import read_table
+from ..corpora.schema import read_table, share
 from ..tasks import ATTRIBUTES, Sample, label_sets, make_sample, parse_label, parse_transcript, tasks_of
 from ..warm_start import normalize
 
+SMALL_TALK = (ASSETS / "small_talk.txt").read_text(encoding="utf-8").splitlines()
 # Sources of (paralinguistic, linguistic), and turns of small talk before the spoken one.
 CONDITIONS = {
     "P&L": ("speech", "speech", 0),
@@ -31,8 +31,7 @@ CONDITIONS = {
 
 def conditioned(sample: Sample, paralinguistic: str, linguistic: str, turns: int) -> Sample:
     """The sample with other sources of its branches, and so many turns of small talk before its spoken turn."""
-    talk = (ASSETS / "small_talk.txt").read_text(encoding="utf-8").splitlines()[:turns]
-    history = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(talk)]
+    history = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(SMALL_TALK[:turns])]
     *earlier, turn = sample.messages
     sources = {"paralinguistic": paralinguistic, "linguistic": linguistic}
     content = [part | sources if part["type"] == "audio" else part for part in turn["content"]]
@@ -71,7 +70,7 @@ def evaluate_replies(
         taken: dict[str, int] = defaultdict(int)
         # RAVDESS has two sentences and says nothing about words.
         able = [r for r in rows if task in tasks_of(r) and not (task == "asr" and r["corpus"] == "ravdess")]
-        able.sort(key=lambda row: hashlib.sha256(f"{seed}/{row['id']}".encode()).hexdigest())
+        able.sort(key=lambda row: share(row["id"], seed))
         for row in able:
             if taken[row["corpus"]] < limit:
                 taken[row["corpus"]] += 1
