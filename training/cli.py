@@ -1,4 +1,4 @@
-"""The command line: `dual-slm backbones | reply | corpus | align | train | push | benchmark`."""
+"""The command line: `dual-slm backbones | reply | corpus | align | train | evaluate | push | benchmark`."""
 
 import argparse
 import json
@@ -313,6 +313,39 @@ def train(args: argparse.Namespace) -> None:
     print(run(recipe, args.output, resume=args.resume))
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Ask a checkpoint (or Qwen2-Audio, or a file of replies) what it hears, score it, and write a report."""
+    from .evaluation.evaluate import compared
+    from .evaluation.evaluate import evaluate as run_suites
+    from .evaluation.report import markdown, write_card
+
+    if args.compare:
+        print(compared(*args.compare))
+        return
+    if not args.checkpoint or not args.data or not args.out:
+        raise ValueError("evaluate needs a checkpoint, --data TABLE and --out DIR (or --compare DIR DIR).")
+    result = run_suites(
+        args.checkpoint,
+        args.data,
+        args.out,
+        suites=args.suite,
+        split=args.split,
+        limit=args.limit,
+        seed=args.seed,
+        judges=args.judge,
+        dtype=args.dtype,
+        device=args.device,
+        trust_remote_code=args.trust_remote_code,
+    )
+    print(markdown(result["figures"]))
+    for warning in result["warnings"]:
+        print(f"! {warning}")
+    if args.card:
+        write_card(Path(args.checkpoint), result)
+        print(f"figures written into {Path(args.checkpoint) / 'README.md'}")
+    print(f"{Path(args.out) / 'report.html'} ({result['seconds']:.0f} s)")
+
+
 def benchmark(args: argparse.Namespace) -> None:
     """What it costs; `reply`: seconds to the first token, `train`: a step, `corpus`: rows to batches, `align`: replies."""
     from .benchmark import benchmark_align, benchmark_corpus, benchmark_reply, benchmark_train, show
@@ -431,6 +464,28 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="go on with the run in --output")
     sub.add_argument("--dry-run", action="store_true", help="print the plan: rows, steps, memory, hours")
     sub.add_argument("--list", action="store_true", help="list the recipes")
+
+    sub = command("evaluate", evaluate)
+    sub.add_argument("checkpoint", nargs="?", default=None, help="folder or Hub id, or a .jsonl of replies")
+    sub.add_argument("--data", nargs="+", metavar="TABLE", help="tables of `dual-slm corpus`")
+    sub.add_argument(
+        "--suite",
+        nargs="+",
+        default=["all"],
+        help="asr, attributes, meld, conversation, disentanglement, context, or all (default)",
+    )
+    sub.add_argument("--out", default=None, metavar="DIR", help="report, samples; an interrupted run goes on there")
+    sub.add_argument("--split", default="test", choices=["validation", "test"])
+    sub.add_argument("--limit", type=int, default=None, help="rows of each corpus and task")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--judge", nargs="+", default=[], metavar="LLM", help="a causal LM, or http://host:port/v1#model; one or two"
+    )
+    sub.add_argument("--card", action="store_true", help="write the figures into the checkpoint's README.md")
+    sub.add_argument("--compare", nargs=2, metavar="DIR", help="paired differences of two finished evaluations")
+    sub.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16 ...")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda ...")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run the code in the checkpoint")
 
     sub = command("push", push)
     sub.add_argument("folder", help="checkpoint folder")

@@ -26,8 +26,11 @@ SHARD = 512  # clips
 
 
 def load_row(row: dict, sampling_rate: int = 16_000) -> np.ndarray:
-    """The samples of a row. `row["augment"]`, a seed, asks for another speed, room, line and gain of the same clip."""
+    """The samples of a row. `row["augment"]`, a seed, asks for another speed, room, line and gain of the same clip;
+    `row["loudness"]`, a mean RMS (full scale 1), for the clip at that level."""
     samples = load_audio(row["audio"], target_rate=sampling_rate)
+    if row.get("loudness") is not None:
+        samples = samples * np.float32(row["loudness"] / max(float(np.sqrt(np.mean(samples**2))), 1e-6))
     if row.get("augment") is None:
         return samples
     import soxr
@@ -81,7 +84,7 @@ class FeatureStore:
         self.layers = config.audio_num_layers if self.all_layers else 1
         self._shards: dict[str, str] = {}  # clip -> shard
         self._open: dict[str, object] = {}
-        self._hashes: dict[tuple[str, int | None], str] = {}
+        self._hashes: dict[tuple[str, int | None, float | None], str] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             self._index(path)
 
@@ -100,9 +103,11 @@ class FeatureStore:
 
     def key(self, row: dict) -> str:
         """The clip of a row, by the content of its file."""
-        place = (row["audio"], row.get("augment"))
+        place = (row["audio"], row.get("augment"), row.get("loudness"))
         if place not in self._hashes:
             digest = hashlib.sha256(Path(row["audio"]).read_bytes())
+            if row.get("loudness") is not None:
+                digest.update(f"/loudness {row['loudness']}".encode())
             if row.get("augment") is not None:
                 digest.update(f"/{row['id']}/{row['augment']}".encode())
             self._hashes[place] = digest.hexdigest()[:32]

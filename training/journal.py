@@ -1,4 +1,4 @@
-"""A file of finished work that survives a kill: what is in it need not be done again."""
+"""Files that survive a kill: a journal of finished work, and JSON that is there as a whole or not at all."""
 
 import json
 import os
@@ -39,3 +39,11 @@ class Journal:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)

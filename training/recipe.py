@@ -42,6 +42,9 @@ class DataRecipe:
         default=True, metadata={"help": "let the frozen LLM answer rows that have no response"}
     )
     alignment: dict = field(default_factory=dict, metadata={"help": "fields of AlignmentConfig"})
+    histories: list[str] = field(
+        default_factory=list, metadata={"help": "tables whose text dialogues go before rows that have no history"}
+    )
     validation_rows: int = 64
     read_aloud: int = field(default=2, metadata={"help": "validation replies that are printed at each evaluation"})
     feature_bits: int = 16

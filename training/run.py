@@ -33,10 +33,11 @@ from .collator import DualSLMCollator, Item, TrainingCollator
 from .corpora.folder import read
 from .corpora.schema import Report, check_rows, read_table, write_table
 from .corpora.synthesis import build, read_texts
+from .evaluation.metrics import score
 from .features import FeatureStore
-from .journal import Journal
+from .journal import Journal, write_json
 from .recipe import Recipe, StageRecipe
-from .tasks import parse_label, parse_transcript, tasks_of
+from .tasks import lend_histories, tasks_of
 from .trainer import DualSLMTrainer, StageDataset, checkpoint_activations, last_checkpoint, positions_floor
 from .warm_start import Speller, caption_targets, normalize, train_linguistic, train_paralinguistic
 
@@ -132,6 +133,8 @@ def load_data(recipe: Recipe, folder: Path) -> Data:
         print(f"left out, its audio is gone: {row['id']} ({row['audio']})", flush=True)
     lost = {row["id"] for row in gone}
     rows = [row for row in rows if row["audio"] is not None and row["id"] not in lost]
+    if about.histories:
+        rows = list(lend_histories(rows, read_table(*about.histories), recipe.train.seed))
     wanted = any(stage.tasks.get("dialogue") for stage in recipe.stages)
     if wanted and about.align_responses and any(row["response_complete"] is None for row in rows):
         path = folder / "responses.parquet"
@@ -286,29 +289,28 @@ def validation_items(dataset: StageDataset, rows: list[dict], limit: int) -> lis
 
 def reply_metrics(items: list[Item], processor: DualSLMProcessor, read_aloud: int):
     """Replies -> WER, accuracy and unparsed share of each task; some are printed."""
-    import jiwer
 
     def compute(prediction) -> dict[str, float]:
         ids = np.where(prediction.predictions == -100, processor.tokenizer.pad_token_id, prediction.predictions)
         # Several processes fill up the last batch with the first items again.
         replies = processor.batch_decode(ids[: len(items)], skip_special_tokens=True)
-        figures, said, heard = collections.defaultdict(list), [], []
+        figures, errors, words = collections.defaultdict(list), 0, 0
         for item, reply in zip(items, replies, strict=True):
-            if item.sample.task == "asr":
-                said.append(" ".join(normalize(item.row["transcript"])) or "-")
-                heard.append(" ".join(normalize(parse_transcript(reply))))
-            elif item.sample.choices:
-                label = parse_label(reply, item.sample.choices)
-                figures[f"accuracy_{item.sample.task}"].append(label == item.sample.label)
-                figures["unparsed"].append(label is None)
+            found = score(item.sample, reply, item.row["transcript"])
+            if "words" in found:
+                errors, words = errors + found["errors"], words + found["words"]
+            elif "label" in found:
+                figures[f"accuracy_{item.sample.task}"].append(found["parsed"] == found["label"])
+                figures["unparsed"].append(found["parsed"] is None)
         step = max(1, len(items) // max(1, read_aloud))
         for item, reply in list(zip(items, replies, strict=True))[::step][:read_aloud]:
             print(
                 f"  {item.sample.task:>9}  wanted: {item.sample.target[:90]!r}\n{'':>11}  reply:  {reply.strip()[:90]!r}",
                 flush=True,
             )
-        result = {name: float(np.mean(values)) for name, values in figures.items()}
-        return result | ({"wer": jiwer.wer(said, heard)} if said else {})
+        return {name: float(np.mean(values)) for name, values in figures.items()} | (
+            {"wer": errors / words} if words else {}
+        )
 
     return compute
 
@@ -441,14 +443,6 @@ def hash_of(text: str) -> int:
 # --------------------------------------------------------------------------------------------------------------------
 # The whole
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, value) -> None:
-    """Atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def environment(data: Data) -> dict:

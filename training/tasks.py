@@ -144,6 +144,32 @@ def cut_histories(rows: Iterable[dict], seed: int = 0) -> Iterator[dict]:
             yield row | {"id": f"{row['id']}/last{length}", "history": history}
 
 
+def lend_histories(rows: list[dict], dialogues: Iterable[dict], seed: int = 0, longest: int = 12) -> Iterator[dict]:
+    """Rows of read speech have no conversation: each such row gets the earlier turns of a dialogue, as text.
+
+    So the positional randomness of ASR and attribute tasks (section III-C), and any conversation of more than one turn,
+    can be trained on corpora of single turns. Rows that have a history or a response keep theirs.
+
+    Args:
+        dialogues: rows with histories; a row borrows from its own split. At most the last `longest` turns are lent.
+
+    Raises:
+        ValueError: no dialogue of a split that needs one.
+    """
+    known: dict[str, list[list[dict]]] = {}
+    for row in dialogues:
+        if row["history"] and row["history"][0]["role"] == "user":
+            known.setdefault(row["split"], []).append(row["history"])
+    for row in rows:
+        if row["history"] or row["response"]:
+            yield row
+            continue
+        if row["split"] not in known:
+            raise ValueError(f"no dialogue of the split {row['split']} has a history that {row['id']} could borrow.")
+        history = random.Random(f"{seed}/lend/{row['id']}").choice(known[row["split"]])
+        yield row | {"history": history[-longest:]}
+
+
 def text_twin(messages: list[dict]) -> list[dict]:
     """The same conversation as text: in each spoken turn the caption and the transcript stand for the two branches."""
     twin = []

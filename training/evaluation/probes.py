@@ -1,0 +1,75 @@
+"""Linear probes: what a logistic regression reads from the encoder, and from each branch, on speakers it never saw."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ..tasks import ATTRIBUTES
+from .systems import Checkpoint
+
+FEW_SENTENCES = 20  # a corpus with so few has "which sentence" as a target: what is said, as a class
+SOURCES = ("encoder", "P branch", "L branch")
+
+
+def vectors(system: Checkpoint, rows: list[dict], source: str, batch_size: int = 64) -> np.ndarray:
+    """(rows, width): mean of the encoder's last layer, the paralinguistic embeddings in a row, or the mean of the
+    linguistic ones."""
+    if source == "encoder":
+        states = [system.store.get(row) for row in rows]
+        return np.stack([(s[-1] if s.ndim == 3 else s).mean(0).numpy() for s in states])
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            if source == "P branch":
+                embeds = system.features(part, []).paralinguistic_embeds
+                found.append(embeds.float().flatten(1).cpu())
+            else:
+                features = system.features([], part)
+                clips = features.linguistic_embeds.float().cpu().split(features.linguistic_lengths.tolist())
+                width = features.linguistic_embeds.shape[-1]
+                found.append(torch.stack([c.mean(0) if len(c) else torch.zeros(width) for c in clips]))
+    return torch.cat(found).numpy()
+
+
+def targets(rows: list[dict]) -> Iterator[tuple[str, str]]:
+    """(corpus, target) pairs that rows have at least two labels of."""
+    for corpus in sorted({row["corpus"] for row in rows}):
+        of = [row for row in rows if row["corpus"] == corpus]
+        for name in ATTRIBUTES:
+            if len({row[name] for row in of if row[name]}) > 1:
+                yield corpus, name
+        if 1 < len({row["transcript"] for row in of if row["transcript"]}) <= FEW_SENTENCES:
+            yield corpus, "sentence"
+
+
+def probe(system: Checkpoint, train: list[dict], test: list[dict], suite: str, sources=SOURCES) -> Iterator[dict]:
+    """Records of probes that are trained on `train` and asked on `test`, nothing tuned: standardised features, at most 256
+    principal components, L2 with C = 1."""
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    for source in sources:
+        rows = [*train, *test]
+        known = {id(row): vector for row, vector in zip(rows, vectors(system, rows, source), strict=True)}
+        for corpus, target in targets(train):
+            column = "transcript" if target == "sentence" else target
+            fit, ask = ([r for r in side if r["corpus"] == corpus and r[column]] for side in (train, test))
+            ask = [row for row in ask if row[column] in {r[column] for r in fit}]
+            if not ask:
+                continue
+            features = np.stack([known[id(row)] for row in fit])
+            size = min(256, *features.shape)
+            steps = [StandardScaler(), *([PCA(size, random_state=0)] if features.shape[1] > size else [])]
+            model = make_pipeline(*steps, LogisticRegression(max_iter=2000))
+            model.fit(features, [row[column] for row in fit])
+            answers = model.predict(np.stack([known[id(row)] for row in ask]))
+            for row, answer in zip(ask, answers, strict=True):
+                record = {"suite": suite, "condition": f"linear probe of the {source}", "task": target}
+                record |= {"corpus": corpus, "id": row["id"], "speaker": row["speaker"] or row["id"]}
+                record |= {"gender": row["gender"], "audio": row["audio"], "reply": str(answer)}
+                choices = sorted({r[column] for r in fit})
+                yield record | {"label": row[column], "parsed": str(answer), "choices": choices}
