@@ -21,7 +21,7 @@ from ..tasks import label_sets
 from . import report as reports
 from .judges import judge, load_judge
 from .probes import probe
-from .suites import ASSET, SUITES, Bench, direct, output, record, relabel
+from .suites import ASSET, EQUAL, SUITES, Bench, direct, output, record, relabel
 from .systems import Checkpoint, Query, System, load_system, whisper_decoder
 
 GROUP = 32  # replies that are written at once
@@ -145,12 +145,11 @@ def _beside(system: Checkpoint, suite: str, queries: list[Query], table: list[di
     """What stands beside the replies: what the branches hear before the LLM, Whisper's decoder, linear probes."""
     found = []
     clips = {q.row["id"]: q.row for q in queries if q.row["audio"] and q.condition == "P&L"}
-    level = {q.row["id"]: q.row for q in queries if q.condition == "P&L, equal loudness"}
+    level = {q.row["id"]: q.row for q in queries if q.condition == "P&L" + EQUAL}
     if suite in ("asr", "attributes") and clips:
         found += direct(list(clips.values()), system.hear(list(clips.values())), suite)
         if level:
-            heard = direct(list(level.values()), system.hear(list(level.values())), suite, "heard, equal loudness")
-            found += [entry for entry in heard if entry["task"] == "emotion"]
+            found += direct(list(level.values()), system.hear(list(level.values())), suite, only="emotion")
     if suite == "asr" and bench.transcribe:
         rows = list(clips.values())
         said = [{"heard": bench.transcribe(row), "attributes": None} for row in rows]

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..backbones import ASSETS
 from ..journal import write_json
+from ..tasks import TASKS
 from . import metrics
 
 PERCENT = {"WER", "accuracy", "unweighted accuracy", "macro F1", "weighted F1", "unparsed", "majority class", "share"}
@@ -137,18 +138,18 @@ def warnings_of(records: list[dict], figures: list[dict]) -> list[str]:
             found.append(f"{where}: a word error rate of {percent(figure['value'])}; the words are not heard.")
         if metric == "WER" and condition == "P only":
             other = value.get((suite, corpus, task, "L only", None, "WER"))
-            if other and figure["value"] < other["value"]:
+            if other and figure["samples"] >= 10 and (figure["high"] or 1.0) < other["value"]:
                 found.append(f"{where}: the words come through the paralinguistic branch (L only is worse).")
         if condition == "swap" and metric == "names the other clip's label":
             own = value[suite, corpus, task, "swap", None, "accuracy"]["value"]
-            if figure["value"] > own:
+            if figure["samples"] >= 10 and (figure["low"] or 0.0) > own:
                 found.append(
                     f"{where}: the reply names the label of the clip whose words are heard ({percent(figure['value'])}) more "
                     f"often than that of the voice ({percent(own)}): the branches look exchanged."
                 )
         if condition == "swap" and metric == "WER against the other clip":
             own = value[suite, corpus, task, "swap", None, "WER"]["value"]
-            if figure["value"] < own:
+            if figure["samples"] >= 10 and figure["value"] < own:
                 found.append(f"{where}: the transcript follows the clip of the voice, not of the words.")
     for (suite, corpus, task, condition, *_), group in groups_of(records).items():
         named = [r["parsed"] for r in group if r.get("parsed") is not None] if "label" in group[0] else []
@@ -278,9 +279,15 @@ def pivots(figures: list[dict], wanted=None) -> list[dict]:
             most = next(f for f in figures if f["metric"] == "majority class" and same_place(f, figure))
             row["cells"]["most frequent label"] = cell(most)
     for table in tables.values():
+        table["rows"] = dict(sorted(table["rows"].items(), key=lambda item: _order(*item[0])))
         if any("most frequent label" in row["cells"] for row in table["rows"].values()):
             table["columns"].append("most frequent label")
     return list(tables.values())
+
+
+def _order(corpus: str, task: str) -> tuple:
+    base = task.split(",")[0]
+    return corpus, TASKS.index(base) if base in TASKS else len(TASKS), task
 
 
 def same_place(a: dict, b: dict) -> bool:
@@ -435,7 +442,8 @@ def draw(figures: list[dict]) -> bytes | None:
 def page(report: dict, records: list[dict], examples: int = 4) -> str:
     """One self-contained page."""
     setup = report["setup"]
-    parts = [f"<h1>{html.escape(setup['system'])}</h1>"]
+    name = Path(setup["system"]).name
+    parts = [f"<h1>{html.escape(name)}</h1>"]
     about = f"{setup['split']} split, seed {setup['seed']}, {setup['date']}, {report['seconds']:.0f} s; data: "
     parts.append(
         f"<p class=dim>{html.escape(about + ', '.join(setup['data']))}. Intervals: 95 %, bootstrap over speakers.</p>"
@@ -470,7 +478,7 @@ def page(report: dict, records: list[dict], examples: int = 4) -> str:
         names = html.escape(" and ".join(report["agreement"][0]["judges"]))
         head = "<tr><th>metric</th><th>replies</th><th>Spearman</th><th>within one point</th></tr>"
         parts.append(f"<h3>Agreement of {names}</h3><div class=scroll><table>{head}{lines}</table></div>")
-    title = html.escape(f"{setup['system']}: evaluation")
+    title = html.escape(f"{name}: evaluation")
     head = (
         f'<meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1"><title>{title}</title>'
     )

@@ -28,6 +28,7 @@ ASSET = yaml.safe_load((ASSETS / "evaluation.yaml").read_text(encoding="utf-8"))
 SMALL_TALK = (ASSETS / "small_talk.txt").read_text(encoding="utf-8").splitlines()
 TURNS = (0, 2, 6, 12)
 LOUDNESS = 0.05  # RMS that clips are brought to where loudness must not tell the emotion
+EQUAL = ", equal loudness"
 LIMITS = {"context": 24, "conversation": 48}  # rows of a corpus and task, where a suite is costly
 MAX_NEW_TOKENS = {"dialogue": 80}  # others: see `_room`
 
@@ -145,7 +146,7 @@ def attributes(bench: Bench, suite: str = "attributes", conditions=("P&L", "P on
         if task == "emotion" and suite == "attributes":
             for query in bench.queries(suite, conditions, task, rows):
                 level = query.row | {"loudness": LOUDNESS}
-                found.append(replace(query, condition=f"{query.condition}, equal loudness", row=level, voice=level))
+                found.append(replace(query, condition=query.condition + EQUAL, row=level, voice=level))
     return found
 
 
@@ -262,8 +263,8 @@ def record(query: Query, reply: str, prompt: str) -> dict:
     owner = voice if sample.choices else row  # whom the reply is about
     kept = {
         "suite": query.suite,
-        "condition": query.condition,
-        "task": sample.task,
+        "condition": query.condition.removesuffix(EQUAL),
+        "task": sample.task + (EQUAL if query.condition.endswith(EQUAL) else ""),
         "corpus": owner["corpus"],
         "id": owner["id"],
         "speaker": owner["speaker"] or owner["dialogue"] or owner["id"],
@@ -284,8 +285,11 @@ def record(query: Query, reply: str, prompt: str) -> dict:
     return kept | score(sample, reply, row["transcript"])
 
 
-def direct(rows: list[dict], heard: list[dict], suite: str, condition: str = "heard") -> Iterator[dict]:
-    """Records of what the branches hear before the LLM: words by CTC, attributes by caption slots."""
+def direct(
+    rows: list[dict], heard: list[dict], suite: str, condition: str = "heard", only: str | None = None
+) -> Iterator[dict]:
+    """Records of what the branches hear before the LLM: words by CTC, attributes by caption slots. `only` one attribute
+    of clips brought to equal loudness."""
     for row, item in zip(rows, heard, strict=True):
         common = {"suite": suite, "condition": condition, "corpus": row["corpus"], "id": row["id"]}
         common |= {"speaker": row["speaker"] or row["id"], "gender": row["gender"], "audio": row["audio"]}
@@ -295,9 +299,14 @@ def direct(rows: list[dict], heard: list[dict], suite: str, condition: str = "he
             yield common | said | {"reply": item["heard"], "errors": errors, "words": words}
         if suite == "attributes" and item["attributes"] is not None:
             for task, probabilities in item["attributes"].items():
-                if row.get(task) in probabilities:
+                if row.get(task) in probabilities and only in (None, task):
                     best = max(probabilities, key=probabilities.get)
-                    said = {"task": task, "label": row[task], "parsed": best, "confidence": probabilities[best]}
+                    said = {
+                        "task": task + (EQUAL if only else ""),
+                        "label": row[task],
+                        "parsed": best,
+                        "confidence": probabilities[best],
+                    }
                     yield common | said | {"reply": best, "choices": sorted(probabilities)}
 
 
