@@ -25,6 +25,7 @@ logger = logging.get_logger(__name__)
 
 SOURCES = {"paralinguistic": ("speech", "caption", "none"), "linguistic": ("speech", "transcript", "none")}
 CHUNK_SECONDS = 30
+MINIMUM_SAMPLES = 400  # what the convolutions of an encoder of waveforms need for one frame
 _AUDIO = "<|audio|>"
 
 
@@ -204,14 +205,17 @@ class DualSLMProcessor(ProcessorMixin):
     A spoken turn is a content part `{"type": "audio", "audio" | "path" | "url": ...}` of a chat message, optionally with
     `sampling_rate`, `transcript`, `caption`, and the source of each branch, `paralinguistic: speech | caption | none`
     and `linguistic: speech | transcript | none`. `caption` and `transcript` put that text where the branch's
-    embeddings would be. The default of both is `speech`.
+    embeddings would be. The default of both is `speech`; of a checkpoint without a linguistic adapter, where the words come
+    as text, the linguistic one's is the `transcript` if there is one, else `none`.
 
     Args:
-        feature_extractor ([`WhisperFeatureExtractor`]): the encoder's.
+        feature_extractor: the encoder's, a [`WhisperFeatureExtractor`] or one of waveforms (`Wav2Vec2FeatureExtractor`).
         tokenizer: the LLM's; the two placeholder tokens are added after its last id.
         chat_template (`str`, *optional*): another template than the tokenizer's own.
-        num_paralinguistic_tokens, linguistic_downsample_rate, encoder_padding, caption_template, attribute_labels:
-            as in [`DualSLMConfig`].
+        num_paralinguistic_tokens, linguistic_adapter_type, linguistic_downsample_rate, encoder_padding, caption_template,
+            attribute_labels, attribute_questions: as in [`DualSLMConfig`].
+        audio_conv (`list[list[int]]`, *optional*): kernels and strides of an encoder of waveforms, which say how many
+            frames a clip has.
         paralinguistic_token, linguistic_token (`str`): the placeholders.
     """
 
@@ -221,10 +225,13 @@ class DualSLMProcessor(ProcessorMixin):
         tokenizer=None,
         chat_template=None,
         num_paralinguistic_tokens: int = 16,
+        linguistic_adapter_type: str = "concat",
         linguistic_downsample_rate: int = 5,
         encoder_padding: str = "max_length",
         caption_template: str | None = None,
         attribute_labels: dict[str, list[str]] | None = None,
+        attribute_questions: dict[str, dict[str, str]] | None = None,
+        audio_conv: list[list[int]] | None = None,
         paralinguistic_token: str = "<|paralinguistic|>",
         linguistic_token: str = "<|linguistic|>",
     ):
@@ -233,6 +240,9 @@ class DualSLMProcessor(ProcessorMixin):
         self.encoder_padding = encoder_padding
         self.caption_template = caption_template
         self.attribute_labels = attribute_labels
+        self.attribute_questions = attribute_questions
+        self.linguistic_adapter_type = linguistic_adapter_type
+        self.audio_conv = audio_conv
         self.paralinguistic_token = paralinguistic_token
         self.linguistic_token = linguistic_token
         self.caption_slots = None
@@ -265,8 +275,11 @@ class DualSLMProcessor(ProcessorMixin):
             ValueError: the placeholders get other ids in this tokenizer than the config says.
         """
         names = ("num_paralinguistic_tokens", "linguistic_downsample_rate", "encoder_padding")
-        names += ("caption_template", "attribute_labels")
-        processor = cls(feature_extractor, tokenizer, **{name: getattr(config, name) for name in names})
+        names += ("caption_template", "attribute_labels", "attribute_questions", "linguistic_adapter_type")
+        values = {name: getattr(config, name) for name in names}
+        if hasattr(config.audio_config, "conv_kernel"):
+            values["audio_conv"] = [list(config.audio_config.conv_kernel), list(config.audio_config.conv_stride)]
+        processor = cls(feature_extractor, tokenizer, **values)
         for branch in ("paralinguistic_token_id", "linguistic_token_id"):
             if getattr(processor, branch) != getattr(config, branch):
                 raise ValueError(
@@ -288,11 +301,18 @@ class DualSLMProcessor(ProcessorMixin):
 
     def num_frames(self, num_samples: int) -> int:
         """Encoder frames of a clip of so many samples, all its chunks together."""
-        hop, chunk = self.feature_extractor.hop_length, CHUNK_SECONDS * self.sampling_rate
+        chunk = CHUNK_SECONDS * self.sampling_rate
         frames = 0
         for start in range(0, num_samples, chunk):
-            mel = -(-min(chunk, num_samples - start) // hop)
-            frames += (mel + 1) // 2
+            size = min(chunk, num_samples - start)
+            if self.audio_conv is None:
+                mel = -(-size // self.feature_extractor.hop_length)
+                frames += (mel + 1) // 2
+                continue
+            size = max(size, MINIMUM_SAMPLES)
+            for kernel, stride in zip(*self.audio_conv, strict=True):
+                size = (size - kernel) // stride + 1
+            frames += size
         return frames
 
     def num_linguistic_tokens(self, num_samples: int) -> int:
@@ -300,15 +320,17 @@ class DualSLMProcessor(ProcessorMixin):
         return -(-self.num_frames(num_samples) // self.linguistic_downsample_rate)
 
     def extract_features(self, clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
-        """Log-mel of clips of any length, cut into chunks of at most 30 s.
+        """Log-mel, or waveforms where the encoder reads these, of clips of any length, cut into chunks of at most 30 s.
 
         Args:
             clips: mono float32 samples at `sampling_rate` each, as `load_audio` gives.
 
         Returns:
             `input_features` (K, mel bins, F), `input_features_mask` (K, F) by the real number of samples, and
-            `audio_num_chunks` (A,).
+            `audio_num_chunks` (A,). Of waveforms (K, samples) both.
         """
+        if self.audio_conv is not None:
+            return self._extract_waveforms(clips)
         extractor, size = self.feature_extractor, CHUNK_SECONDS * self.sampling_rate
         features, lengths, counts = [], [], []
         for clip in clips:
@@ -334,6 +356,23 @@ class DualSLMProcessor(ProcessorMixin):
         return {
             "input_features": torch.stack(features),
             "input_features_mask": mask.long(),
+            "audio_num_chunks": torch.tensor(counts),
+        }
+
+    def _extract_waveforms(self, clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        size, waves, counts = CHUNK_SECONDS * self.sampling_rate, [], []
+        for clip in clips:
+            chunks = [clip[start : start + size] for start in range(0, len(clip), size)]
+            counts.append(len(chunks))
+            for chunk in chunks:
+                chunk = np.pad(chunk, (0, max(0, MINIMUM_SAMPLES - len(chunk))))
+                options = {"sampling_rate": self.sampling_rate, "return_tensors": "pt"}
+                waves.append(self.feature_extractor(chunk, **options).input_values[0])
+        return {
+            "input_features": torch.nn.utils.rnn.pad_sequence(waves, batch_first=True),
+            "input_features_mask": torch.nn.utils.rnn.pad_sequence(
+                [torch.ones_like(wave, dtype=torch.long) for wave in waves], batch_first=True
+            ),
             "audio_num_chunks": torch.tensor(counts),
         }
 
@@ -371,10 +410,17 @@ class DualSLMProcessor(ProcessorMixin):
         if unknown:
             raise ValueError(f"unknown keys {sorted(unknown)} in a spoken turn; known are {sorted(known)}.")
         part = dict(part)
+        words = "speech"
+        if self.linguistic_adapter_type == "none":
+            words = "transcript" if (part.get("transcript") or "").strip() else "none"
         for branch, choices in SOURCES.items():
-            source = part.setdefault(branch, "speech")
+            source = part.setdefault(branch, words if branch == "linguistic" else "speech")
             if source not in choices:
                 raise ValueError(f"{branch} is {source!r}; it must be one of {', '.join(choices)}.")
+            if branch == "linguistic" and source == "speech" and self.linguistic_adapter_type == "none":
+                raise ValueError(
+                    "linguistic: speech needs a linguistic adapter, which this checkpoint has not: give a transcript."
+                )
             if source in ("caption", "transcript"):
                 if not isinstance(part.get(source), str) or not part[source].strip():
                     raise ValueError(f"{branch}: {source} needs the text {source!r} in the same spoken turn.")
@@ -534,9 +580,63 @@ class DualSLMProcessor(ProcessorMixin):
     def decode(self, *args, **kwargs) -> str:
         return self.tokenizer.decode(*args, **kwargs)
 
-    def conversation(self, model, system: str | None = None, **generation) -> "DualSLMConversation":
+    def conversation(self, model, system: str | None = None, transcribe=None, **generation) -> "DualSLMConversation":
         """A conversation with the model of this checkpoint, see [`DualSLMConversation`]."""
-        return DualSLMConversation(model, self, system, **generation)
+        return DualSLMConversation(model, self, system, transcribe, **generation)
+
+    @torch.no_grad()
+    def choose(self, model, conversation: list[dict], answers: list[str], audio_features=None) -> list[float]:
+        """Probability of each answer, were the model to give one of them.
+
+        Args:
+            model ([`DualSLMForConditionalGeneration`]): of this checkpoint.
+            conversation: chat messages, the last one the user's.
+            answers: what the assistant might say, for example a sentence for each label.
+            audio_features: of the conversation's clips, instead of encoding them.
+
+        Returns:
+            Softmax over the answers of the summed log-probabilities of their tokens.
+        """
+        inputs = self.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=True)
+        device = model.get_input_embeddings().weight.device
+        audio = {name: inputs[name] for name in self.model_input_names[2:] if name in inputs}
+        if audio_features is None and audio:
+            audio_features = model.get_audio_features(**audio)
+        prompt = inputs["input_ids"][0]
+        rows = [self.tokenizer(a, add_special_tokens=False, return_tensors="pt")["input_ids"][0] for a in answers]
+        pad = torch.nn.utils.rnn.pad_sequence
+        whole = [torch.cat([prompt, row]) for row in rows]
+        labels = [torch.cat([torch.full_like(prompt, -100), row]) for row in rows]
+        copies = None if audio_features is None else type(audio_features).concatenate([audio_features] * len(rows))
+        output = model(
+            input_ids=pad(whole, batch_first=True, padding_value=self.tokenizer.pad_token_id).to(device),
+            attention_mask=pad([torch.ones_like(row) for row in whole], batch_first=True).to(device),
+            labels=pad(labels, batch_first=True, padding_value=-100).to(device),
+            audio_features=copies,
+            only_targets=True,
+        )
+        log_probs = output.logits.float().log_softmax(-1)
+        known = output.labels != -100
+        scores = log_probs.gather(-1, output.labels.clamp(min=0)[..., None])[..., 0].masked_fill(~known, 0.0).sum(-1)
+        return scores.softmax(0).tolist()
+
+    def ask_attributes(self, model, part: dict, audio_features=None) -> dict[str, dict[str, float]] | None:
+        """The probability of each label of each attribute, by asking the LLM the checkpoint's `attribute_questions`.
+
+        Args:
+            part: the spoken content part.
+            audio_features: of the clip, instead of encoding it.
+        """
+        if not self.attribute_questions:
+            return None
+        found = {}
+        for name, question in self.attribute_questions.items():
+            labels = self.attribute_labels[name]
+            instruction = question["instruction"].format(choices=", ".join(labels))
+            chat = [{"role": "user", "content": [part, {"type": "text", "text": instruction}]}]
+            answers = [question["answer"].format(label=label) for label in labels]
+            found[name] = dict(zip(labels, self.choose(model, chat, answers, audio_features), strict=True))
+        return found
 
     def decode_audio(self, features) -> list[dict]:
         """What was heard in each clip, both branches listening.
@@ -582,11 +682,13 @@ class DualSLMConversation:
     Args:
         model ([`DualSLMForConditionalGeneration`]) and processor ([`DualSLMProcessor`]) of one checkpoint.
         system (`str`, *optional*): system prompt.
+        transcribe (callable, *optional*): (audio as it was given) -> words, for a checkpoint without a linguistic adapter,
+            where a turn has no transcript.
         generation: defaults for `generate`, for example `max_new_tokens` and `do_sample`.
     """
 
-    def __init__(self, model, processor: DualSLMProcessor, system: str | None = None, **generation):
-        self.model, self.processor = model, processor
+    def __init__(self, model, processor: DualSLMProcessor, system: str | None = None, transcribe=None, **generation):
+        self.model, self.processor, self.transcribe = model, processor, transcribe
         self.messages: list[dict] = [{"role": "system", "content": system}] if system else []
         self.generation = {"max_new_tokens": 128, "do_sample": False} | generation
         self._features: list = []  # DualSLMAudioFeatures of the turns
@@ -631,6 +733,10 @@ class DualSLMConversation:
                 if isinstance(audio, dict) and audio.get("type") == "audio"
                 else {"type": "audio", "audio": audio}
             )
+            words_as_text = self.processor.linguistic_adapter_type == "none"
+            if words_as_text and self.transcribe is not None and not part.get("transcript"):
+                given = next(part[key] for key in ("audio", "path", "url") if part.get(key) is not None)
+                part = part | {"transcript": self.transcribe(given)}
             inputs = self.processor(text=_AUDIO, audio=[part], add_special_tokens=False)
             features = None
             if "input_features" in inputs:
@@ -638,6 +744,10 @@ class DualSLMConversation:
                 with torch.no_grad():
                     features = self.model.get_audio_features(**{name: inputs[name] for name in names})
                 turn |= self.processor.decode_audio(features)[0]
+                if turn["attributes"] is None:
+                    turn["attributes"] = self.processor.ask_attributes(self.model, part, features)
+            if words_as_text:
+                turn["heard"] = part.get("transcript")
             # The prompt of later turns is rendered from the length alone, not from the samples again.
             content.append(part | {"_rendered": self.processor.decode(inputs["input_ids"][0])})
             self._features.append(features)

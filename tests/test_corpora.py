@@ -159,7 +159,29 @@ def folder(root):
     (root / "metadata.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
 
 
-TREES = {f.__name__: f for f in (librispeech, meld, styletalk, dailytalk, ravdess, cremad, textrolspeech, folder)}
+def iemocap(root):
+    for session in (1, 2, 3):
+        name, folder = f"Ses0{session}F_impro01", root / f"Session{session}"
+        turns = [(f"{name}_F000", "Excuse me."), (f"{name}_M000", "Your forms?"), (f"{name}_F001", "Yeah.")]
+        said = [f"{turn} [006.2901-008.2357]: {text}" for turn, text in turns]
+        put(folder / "dialog" / "transcriptions" / f"{name}.txt", "\n".join([*said, "M: mhm"]))
+        labels = zip(turns, ("neu", "fru", "exc"), strict=True)
+        lines = [f"[6.2901 - 8.2357]\t{turn}\t{label}\t[2.5, 2.5, 2.5]\nC-E1:\tx;\t()" for (turn, _), label in labels]
+        put(
+            folder / "dialog" / "EmoEvaluation" / f"{name}.txt",
+            "% [START_TIME - END_TIME] ...\n\n" + "\n\n".join(lines),
+        )
+        for turn, _ in turns:
+            sound(folder / "sentences" / "wav" / name / f"{turn}.wav")
+
+
+def put(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+READERS = (librispeech, meld, styletalk, dailytalk, ravdess, cremad, textrolspeech, iemocap, folder)
+TREES = {f.__name__: f for f in READERS}
 BOOK = [assistant("I loved it!"), user("Oh, that's fantastic! Should I read it?"), assistant("It's worth the read.")]
 TRIP = [assistant("I booked a trip."), user("Oh wow!"), assistant("We deserve it.")]
 TURNED = [user("I booked a trip."), assistant("Oh wow!"), user("We deserve it.")]  # B speaks twice in a row
@@ -215,6 +237,20 @@ EXPECTED = {
         READ: ('"Don\'t," she said.', "Slow, it's.", "female", "high", "slow", "normal", None, "libritts/4965"),
         ACTED: ("A new clock", "Fast.", "male", "normal", "fast", "low", "fearful", "cremad/1060"),
     },
+    "iemocap": {
+        "transcript emotion split speaker gender history": None,
+        "Ses01F_impro01_F001": (
+            "Yeah.",
+            "happy",
+            "test",
+            "iemocap_1F",
+            "female",
+            [user("Excuse me."), assistant("Your forms?")],
+        ),
+        "Ses01F_impro01_M000": ("Your forms?", None, "test", "iemocap_1M", "male", [assistant("Excuse me.")]),
+        "Ses02F_impro01_F000": ("Excuse me.", "neutral", "validation", "iemocap_2F", "female", []),
+        "Ses03F_impro01_F000": ("Excuse me.", "neutral", "train", "iemocap_3F", "female", []),
+    },
     "folder": {
         "transcript emotion split duration turn": None,
         "root/clips/a.wav": ("the fox", "happy", "train", 0.5, None),
@@ -222,6 +258,7 @@ EXPECTED = {
     },
 }
 COUNTED = {"librispeech": {"subset": 1}, "styletalk": {"gap": 1}, "dailytalk": {"gap": 1}, "ravdess": {"song": 1}}
+COUNTED["iemocap"] = {"usual four": 3}
 COUNTED["meld"] = {"gap": 1, "missing audio, kept": 9}
 
 

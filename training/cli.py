@@ -79,7 +79,10 @@ def reply(args: argparse.Namespace) -> None:
     generation = {"max_new_tokens": args.max_new_tokens}
     if args.temperature > 0:
         generation |= {"do_sample": True, "temperature": args.temperature}
-    conversation = processor.conversation(model, system=args.system, **generation)
+    transcribe = None
+    if processor.linguistic_adapter_type == "none" and model.config.audio_config.model_type == "whisper":
+        transcribe = _decoder(model)
+    conversation = processor.conversation(model, system=args.system, transcribe=transcribe, **generation)
     if args.files:
         for file in args.files:
             _turn(conversation, args, audio=file)
@@ -97,6 +100,22 @@ def reply(args: argparse.Namespace) -> None:
             _turn(conversation, args, audio=audio, text=None if audio else line)
         except (ValueError, OSError) as error:
             print(f"dual-slm: {error}", file=sys.stderr)
+
+
+def _decoder(model):
+    """Whisper's own decoder, for checkpoints that take the words as text; loaded at the first clip."""
+    from ..modeling_dual_slm import resolve_backbone
+    from ..processing_dual_slm import load_audio
+    from .backbones import transcriber
+
+    made = []
+
+    def transcribe(audio) -> str:
+        if not made:
+            made.append(transcriber(resolve_backbone(model.config.audio_model_id)))
+        return made[0](load_audio(audio))
+
+    return transcribe
 
 
 def _turn(conversation, args: argparse.Namespace, audio: str | None = None, text: str | None = None) -> None:
@@ -181,6 +200,10 @@ def corpus_read(args: argparse.Namespace) -> None:
     options = {"role_reversed": True} if args.role_reversed else {}
     if options and args.name != "styletalk":
         raise ValueError(f"--role-reversed is StyleTalk's second test, not {args.name}'s.")
+    if args.fold is not None:
+        if args.name != "iemocap":
+            raise ValueError(f"--fold is for IEMOCAP, whose sessions are the folds; {args.name} has splits.")
+        options["fold"] = args.fold
     report = Report()
     rows = check_rows(
         reader(args.name)(root, report, **options), report, args.allow_missing_audio, out.with_suffix(".audio")
@@ -415,6 +438,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="TABLE", help="Parquet file")
     sub.add_argument("--allow-missing-audio", action="store_true", help="keep rows without audio as text")
     sub.add_argument("--role-reversed", action="store_true", help="StyleTalk: add the test with roles exchanged")
+    sub.add_argument(
+        "--fold", type=int, default=None, help="IEMOCAP: the session that is the test, 1 to 5 (default 1)"
+    )
 
     sub = room("label", corpus_label)
     sub.add_argument("table")

@@ -21,7 +21,9 @@ class ModelRecipe:
 
     audio_model_id: str = "whisper-base"
     text_model_id: str = "smollm2-135m-instruct"
-    adapters: str = field(default="warm_start", metadata={"help": "paper | warm_start (DESIGN, embedding space)"})
+    adapters: str = field(
+        default="warm_start", metadata={"help": "paper | warm_start (DESIGN, embedding space) | emosllm"}
+    )
     config: dict = field(default_factory=dict, metadata={"help": "fields of DualSLMConfig"})
     dtype: str = field(default="auto", metadata={"help": "of the backbones: auto, float32, bfloat16"})
     load_in_4bit: bool = field(default=False, metadata={"help": "the LLM by bitsandbytes"})
@@ -80,7 +82,15 @@ class StageRecipe:
     objective: str = field(default="ce", metadata={"help": "ce (paper) | kl (to the frozen LLM) | ce+kl"})
     err: bool = True
     replaced_share: float = 0.25
-    branches: str = field(default="both", metadata={"help": "both | paralinguistic | linguistic (ablation)"})
+    paralinguistic_source: str = field(default="speech", metadata={"help": "speech | none (ablation: words alone)"})
+    linguistic_source: str = field(
+        default="speech", metadata={"help": "speech | transcript (EmoSLLM) | none (ablation: voice alone)"}
+    )
+    facts: list[str] = field(
+        default_factory=list, metadata={"help": "attributes that prompts of attribute tasks tell in words"}
+    )
+    balanced: bool = field(default=False, metadata={"help": "draw rows so that emotions are equally frequent"})
+    lora_learning_rate: float | None = None
     ctc_share: float = field(default=0.0, metadata={"help": "of the warm start's CTC loss that is kept"})
     caption_share: float = field(default=0.0, metadata={"help": "of the warm start's caption loss that is kept"})
 
@@ -201,11 +211,13 @@ def _set(values: dict, setting: str) -> None:
 def _check(recipe: Recipe, where: str) -> None:
     """Keys that contradict each other."""
     faults = []
-    choices = {"adapters": (recipe.model.adapters, ("paper", "warm_start"))}
+    choices = {"adapters": (recipe.model.adapters, ("paper", "warm_start", "emosllm"))}
     for stage in recipe.stages:
         choices[f"stage {stage.name}: err_stage"] = (stage.err_stage, STAGES)
         choices[f"stage {stage.name}: objective"] = (stage.objective, ("ce", "kl", "ce+kl"))
-        choices[f"stage {stage.name}: branches"] = (stage.branches, ("both", "paralinguistic", "linguistic"))
+        choices[f"stage {stage.name}: paralinguistic_source"] = (stage.paralinguistic_source, ("speech", "none"))
+        sources = ("speech", "transcript", "none")
+        choices[f"stage {stage.name}: linguistic_source"] = (stage.linguistic_source, sources)
         faults += [f"stage {stage.name}: no task {t!r}{_nearest(t, TASKS)}" for t in stage.tasks if t not in TASKS]
         if not stage.tasks:
             faults.append(f"stage {stage.name}: names no tasks ({', '.join(TASKS)})")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoTokenizer, Seq2SeqTrainingArguments, TrainerCallback
 
 from .. import DualSLMForConditionalGeneration, DualSLMProcessor
-from ..configuration_dual_slm import WARM_START_ADAPTERS
+from ..configuration_dual_slm import EMOSLLM_ADAPTERS, WARM_START_ADAPTERS
 from ..modeling_dual_slm import resolve_backbone
 from ..processing_dual_slm import CaptionSlots
 from .alignment import Aligner, AlignmentConfig, align_rows, score_targets
@@ -36,9 +36,17 @@ from .corpora.synthesis import build, read_texts
 from .evaluation.metrics import score
 from .features import FeatureStore
 from .journal import Journal, write_json
+from .prompts import PROMPTS
 from .recipe import Recipe, StageRecipe
 from .tasks import lend_histories, tasks_of
-from .trainer import DualSLMTrainer, StageDataset, checkpoint_activations, last_checkpoint, positions_floor
+from .trainer import (
+    DualSLMTrainer,
+    StageDataset,
+    checkpoint_activations,
+    last_checkpoint,
+    positions_floor,
+    with_stage_sources,
+)
 from .warm_start import Speller, caption_targets, normalize, train_linguistic, train_paralinguistic
 
 CAPTION_TEMPLATE = "({gender} voice, {pitch} pitch, {tempo} tempo, {energy} energy, {emotion} emotion)"
@@ -93,6 +101,17 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
             "linguistic_ctc_vocab_size": recipe.warm_start.pieces[-1],
             "caption_template": template,
             "attribute_labels": labels,
+        }
+    elif about.adapters == "emosllm":
+        labels = about.config.get("attribute_labels", {"emotion": ATTRIBUTE_LABELS["emotion"]})
+        wording = PROMPTS["attributes"]
+        config = EMOSLLM_ADAPTERS | {
+            "attribute_labels": labels,
+            "attribute_questions": {
+                name: {"instruction": wording[name]["instructions"][0], "answer": wording[name]["answers"][0]}
+                for name in labels
+            },
+            "prompt_facts": recipe.stages[-1].facts,
         }
     torch.manual_seed(recipe.train.seed)
     model = DualSLMForConditionalGeneration.from_backbones(
@@ -270,7 +289,7 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
 
 
 def validation_items(dataset: StageDataset, rows: list[dict], limit: int) -> list[Item]:
-    """Validation rows, the stage's tasks in turn, both branches from speech; sorted by size."""
+    """Validation rows, the stage's tasks in turn, both branches from what the stage has for them; sorted by size."""
     tasks = list(dataset.stage.tasks)
     able = {task: [row for row in rows if task in tasks_of(row)] for task in tasks}
     items, number = [], 0
@@ -278,11 +297,9 @@ def validation_items(dataset: StageDataset, rows: list[dict], limit: int) -> lis
         for task in tasks:
             if number < len(able[task]):
                 item = dataset.item(able[task][number], task)
-                how, what = (
-                    "speech" if dataset.stage.branches in ("both", b) else "none"
-                    for b in ("paralinguistic", "linguistic")
-                )
-                items.append(Item(item.sample, item.row, item.sources._replace(paralinguistic=how, linguistic=what)))
+                heard = item.sources._replace(paralinguistic="speech", linguistic="speech")
+                sources = with_stage_sources(heard, dataset.stage, bool(item.row["transcript"]))
+                items.append(Item(item.sample, item.row, sources))
         number += 1
     return sorted(items[:limit], key=lambda item: item.sample.duration or 0.0)
 

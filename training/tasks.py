@@ -68,6 +68,7 @@ def make_sample(
     seed: int = 0,
     epoch: int = 0,
     positional_randomness: bool = True,
+    facts: Iterable[str] = (),
 ) -> Sample:
     """The conversation of a row for a task, with its target.
 
@@ -75,6 +76,8 @@ def make_sample(
     history of an ASR or attribute task is cut to a random length (positional randomness, section III-C); that of a
     dialogue is the one its response answers, cut beforehand (`cut_histories`). Without `positional_randomness` there is
     no history, and always the first instruction, in the system prompt.
+
+    `facts` are attributes that the prompt of another attribute's task tells in words, where they are known (EmoSLLM).
     """
     draw = random.Random(f"{seed}/{epoch}/{row['id']}/{task}")
     spoken = spoken_part(row)
@@ -102,7 +105,10 @@ def make_sample(
     else:
         instruction, answer, history, in_turn = group["instructions"][0], group["answers"][0], [], False
     instruction = instruction.format(**values)
-    content = [spoken, {"type": "text", "text": instruction}] if in_turn else [spoken]
+    told = {name: row[name] for name in facts if name != task} if task in ATTRIBUTES else {}
+    told = describe(told, random.Random(f"{seed}/{epoch}/facts/{row['id']}"))
+    content = [spoken, *([{"type": "text", "text": told}] if told else [])]
+    content += [{"type": "text", "text": instruction}] if in_turn else []
     system = None if in_turn else instruction
     return _sample(row, task, system, history, content, answer.format(**values), label=label, choices=options)
 

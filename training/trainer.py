@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Seq2SeqTrainer, TrainerCallback
 
 from .collator import Item, TrainingCollator
-from .err import draw_sources
+from .corpora.schema import share
+from .err import Sources, draw_sources
 from .recipe import StageRecipe
 from .tasks import TASKS, label_sets, make_sample, tasks_of
 
@@ -35,6 +36,8 @@ class StageDataset(Dataset):
         self.rows = [row for row in rows if self._weights(row)]
         if not self.rows:
             raise ValueError(f"stage {stage.name}: no row has a target for any of {', '.join(stage.tasks)}.")
+        if stage.balanced:
+            self.rows = balance(self.rows, seed)
 
     def _weights(self, row: dict) -> dict[str, float]:
         return {task: self.stage.tasks[task] for task in tasks_of(row) if self.stage.tasks.get(task, 0) > 0}
@@ -51,7 +54,7 @@ class StageDataset(Dataset):
         return self.item(row, task, epoch)
 
     def item(self, row: dict, task: str, epoch: int = 0) -> Item:
-        sample = make_sample(row, task, self.choices, self.seed, epoch, self.positional_randomness)
+        sample = make_sample(row, task, self.choices, self.seed, epoch, self.positional_randomness, self.stage.facts)
         part = next(part for part in sample.messages[-1]["content"] if part["type"] == "audio")
         sources = draw_sources(
             sample.kind,
@@ -64,12 +67,7 @@ class StageDataset(Dataset):
             has_caption="caption" in part,
             has_transcript="transcript" in part,
         )
-        branches = self.stage.branches
-        if branches != "both":  # ablation: one adapter alone
-            how = "none" if branches == "linguistic" else "speech"
-            what = "none" if branches == "paralinguistic" else "speech"
-            sources = sources._replace(paralinguistic=how, linguistic=what)
-            sources = sources._replace(train_paralinguistic=how == "speech", train_linguistic=what == "speech")
+        sources = with_stage_sources(sources, self.stage, "transcript" in part)
         teacher = self.teacher(row["id"]) if self.teacher is not None and task == "dialogue" else None
         return Item(sample, row, sources, teacher)
 
@@ -78,6 +76,29 @@ class StageDataset(Dataset):
         row = self.rows[index]
         letters = len(row["transcript"] or "") + sum(len(turn["content"]) for turn in row["history"])
         return letters / 4 + len(row["response"] or "") / 4
+
+
+def balance(rows: list[dict], seed: int) -> list[dict]:
+    """Rows of rarer emotions repeated until each emotion has as many as the most frequent one."""
+    groups: dict[str | None, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: share(row["id"], seed)):
+        groups.setdefault(row["emotion"], []).append(row)
+    most = max(map(len, groups.values()))
+    return [group[n % len(group)] for _, group in sorted(groups.items(), key=str) for n in range(most)]
+
+
+def with_stage_sources(sources: Sources, stage: StageRecipe, has_transcript: bool = True) -> Sources:
+    """What a stage has in the place of speech: the transcript as text (EmoSLLM), or nothing (ablations)."""
+    how, what, train_how, train_what = sources
+    if stage.paralinguistic_source == "none":
+        how, train_how = "none", False
+    if stage.linguistic_source != "speech":
+        train_what = False
+        if stage.linguistic_source == "none" or not has_transcript:
+            what = "none"
+        elif what == "speech":
+            what = "transcript"
+    return Sources(how, what, train_how, train_what)
 
 
 class BucketSampler:
@@ -174,11 +195,12 @@ class DualSLMTrainer(Seq2SeqTrainer):
             rates = {
                 "paralinguistic": self.stage.paralinguistic_learning_rate,
                 "linguistic": self.stage.linguistic_learning_rate,
+                "lora": self.stage.lora_learning_rate,
             }
             groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    branch = name.split("_adapter")[0]
+                    branch = "lora" if ".lora_" in name else name.split("_adapter")[0]
                     groups.setdefault((branch, parameter.ndim > 1), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
                 [

@@ -11,7 +11,7 @@ class DualSLMConfig(PreTrainedConfig):
 
     Args:
         audio_config (`PreTrainedConfig` or `dict`):
-            Configuration of the speech encoder (a Whisper).
+            Configuration of the speech encoder: a Whisper, or one that reads waveforms (WavLM, HuBERT, wav2vec 2.0).
         text_config (`PreTrainedConfig` or `dict`):
             Configuration of the LLM (any causal LM of transformers).
         audio_model_id, text_model_id (`str`, *optional*):
@@ -27,7 +27,12 @@ class DualSLMConfig(PreTrainedConfig):
         encoder_padding (`str`, defaults to `"max_length"`):
             `"max_length"` encodes every clip padded to 30 s, as Whisper was trained; `"real"` encodes its real length
             with a mask, which costs a 4 s clip an eighth. Either way only real frames reach the adapters. Features
-            differ a little between the two, so this is a property of the checkpoint, not a switch at run time.
+            differ a little between the two, so this is a property of the checkpoint, not a switch at run time. Encoders
+            of waveforms always take the real length.
+        paralinguistic_adapter_type (`str`, defaults to `"pooling"`):
+            `"pooling"` is the dual-adapter paper's. `"query"` is EmoSLLM's QPMapper (arXiv 2508.14130): learned queries
+            beside the frames through transformer layers of width `paralinguistic_hidden_size` (768 there, 2 layers, 8
+            heads, 32 queries), then a linear layer; of the other fields it uses the layer mix and the dropout.
         num_paralinguistic_tokens (`int`, defaults to 16):
             Embeddings of one utterance from the paralinguistic adapter. (The public text of the paper lost its value.)
         paralinguistic_num_layers (`int`, defaults to 1):
@@ -53,6 +58,9 @@ class DualSLMConfig(PreTrainedConfig):
         paralinguistic_soft_residual (`bool`, defaults to `False`):
             Add a free vector to each soft token, from a linear layer that starts at zero: nothing is lost of what the
             warm start taught, and training through the LLM can say what no mixture of caption pieces says.
+        linguistic_adapter_type (`str`, defaults to `"concat"`):
+            `"concat"` is the paper's. `"none"` leaves it out: the words come as text (EmoSLLM), so a spoken turn's linguistic
+            source is its `transcript`, or nothing.
         linguistic_downsample_rate (`int`, defaults to 5):
             Encoder frames (50 Hz) concatenated into one embedding: 5 gives 10 Hz (paper).
         linguistic_hidden_size (`int`, defaults to 2048):
@@ -71,6 +79,16 @@ class DualSLMConfig(PreTrainedConfig):
             The classes of each attribute in `caption_template`.
         attribute_thresholds (`dict[str, tuple[float, float]]`, *optional*):
             Borders of low | normal | high that pitch (Hz), energy (RMS) and tempo (s a word) were labelled by.
+        attribute_questions (`dict[str, dict[str, str]]`, *optional*):
+            For an adapter that spells no captions: `{attribute: {"instruction": ..., "answer": "... {label} ..."}}`, what the
+            LLM is asked to get the probability of each of `attribute_labels`.
+        prompt_facts (`list[str]`, defaults to none):
+            Attributes that the prompts of attribute tasks tell in words, as in training (EmoSLLM's additional features).
+        lora_config (`dict`, *optional*):
+            Fields of peft's `LoraConfig` for the LLM. Its tensors lie in model.safetensors beside the adapters; the LLM's own
+            weights stay frozen.
+        lora_only_with_audio (`bool`, defaults to `False`):
+            Switch LoRA off for inputs without audio: they get the bare LLM.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the adapters' random initialisation.
     """
@@ -91,6 +109,7 @@ class DualSLMConfig(PreTrainedConfig):
         paralinguistic_token_id: int | None = None,
         linguistic_token_id: int | None = None,
         encoder_padding: str = "max_length",
+        paralinguistic_adapter_type: str = "pooling",
         num_paralinguistic_tokens: int = 16,
         paralinguistic_num_layers: int = 1,
         paralinguistic_num_heads: int = 8,
@@ -102,6 +121,7 @@ class DualSLMConfig(PreTrainedConfig):
         paralinguistic_hidden_size: int | None = None,
         paralinguistic_soft_vocab_size: int = 0,
         paralinguistic_soft_residual: bool = False,
+        linguistic_adapter_type: str = "concat",
         linguistic_downsample_rate: int = 5,
         linguistic_hidden_size: int = 2048,
         linguistic_dropout: float = 0.0,
@@ -110,6 +130,10 @@ class DualSLMConfig(PreTrainedConfig):
         caption_template: str | None = None,
         attribute_labels: dict[str, list[str]] | None = None,
         attribute_thresholds: dict[str, list[float]] | None = None,
+        attribute_questions: dict[str, dict[str, str]] | None = None,
+        prompt_facts: list[str] | None = None,
+        lora_config: dict | None = None,
+        lora_only_with_audio: bool = False,
         initializer_range: float = 0.02,
         **kwargs,
     ):
@@ -125,6 +149,7 @@ class DualSLMConfig(PreTrainedConfig):
         self.paralinguistic_token_id = vocab_size if paralinguistic_token_id is None else paralinguistic_token_id
         self.linguistic_token_id = vocab_size + 1 if linguistic_token_id is None else linguistic_token_id
         self.encoder_padding = encoder_padding
+        self.paralinguistic_adapter_type = paralinguistic_adapter_type
         self.num_paralinguistic_tokens = num_paralinguistic_tokens
         self.paralinguistic_num_layers = paralinguistic_num_layers
         self.paralinguistic_num_heads = paralinguistic_num_heads
@@ -136,6 +161,7 @@ class DualSLMConfig(PreTrainedConfig):
         self.paralinguistic_hidden_size = paralinguistic_hidden_size
         self.paralinguistic_soft_vocab_size = paralinguistic_soft_vocab_size
         self.paralinguistic_soft_residual = paralinguistic_soft_residual
+        self.linguistic_adapter_type = linguistic_adapter_type
         self.linguistic_downsample_rate = linguistic_downsample_rate
         self.linguistic_hidden_size = linguistic_hidden_size
         self.linguistic_dropout = linguistic_dropout
@@ -144,6 +170,10 @@ class DualSLMConfig(PreTrainedConfig):
         self.caption_template = caption_template
         self.attribute_labels = attribute_labels
         self.attribute_thresholds = attribute_thresholds
+        self.attribute_questions = attribute_questions
+        self.prompt_facts = list(prompt_facts or [])
+        self.lora_config = lora_config
+        self.lora_only_with_audio = lora_only_with_audio
         self.initializer_range = initializer_range
         # Generation and the Trainer look for these on the outer config.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -160,6 +190,8 @@ class DualSLMConfig(PreTrainedConfig):
     def _validate(self) -> None:
         for name, choices in {
             "encoder_padding": ("max_length", "real"),
+            "paralinguistic_adapter_type": ("pooling", "query"),
+            "linguistic_adapter_type": ("concat", "none"),
             "paralinguistic_pooling": ("adaptive", "statistics"),
         }.items():
             if getattr(self, name) not in choices:
@@ -167,9 +199,12 @@ class DualSLMConfig(PreTrainedConfig):
         for name in ("num_paralinguistic_tokens", "linguistic_downsample_rate", "linguistic_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.paralinguistic_num_layers and self.audio_hidden_size % self.paralinguistic_num_heads:
+        width = self.audio_hidden_size
+        if self.paralinguistic_adapter_type == "query":
+            width = self.paralinguistic_hidden_size or 768
+        if self.paralinguistic_num_layers and width % self.paralinguistic_num_heads:
             raise ValueError(
-                f"the encoder's width {self.audio_hidden_size} is no multiple of paralinguistic_num_heads="
+                f"the transformer's width {width} is no multiple of paralinguistic_num_heads="
                 f"{self.paralinguistic_num_heads}."
             )
 
@@ -188,7 +223,7 @@ class DualSLMConfig(PreTrainedConfig):
     @property
     def audio_num_layers(self) -> int:
         """Transformer layers of the speech encoder."""
-        return self.audio_config.encoder_layers
+        return self.audio_config.num_hidden_layers
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         return self.text_config
@@ -235,6 +270,18 @@ class DualSLMConfig(PreTrainedConfig):
         values |= {"text_config": text, "text_model_id": "smollm2-135m-instruct"}
         return cls(**(values | WARM_START_ADAPTERS | overrides))
 
+
+# EmoSLLM (arXiv 2508.14130): QPMapper, the transcript as text, LoRA on the LLM.
+EMOSLLM_ADAPTERS = {
+    "paralinguistic_adapter_type": "query",
+    "num_paralinguistic_tokens": 32,
+    "paralinguistic_num_layers": 2,
+    "paralinguistic_num_heads": 8,
+    "paralinguistic_hidden_size": 768,
+    "paralinguistic_layer_mix": True,
+    "linguistic_adapter_type": "none",
+    "lora_config": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
+}
 
 # The adapters that learn without the LLM (DESIGN, Embedding-space warm start): outputs in the LLM's own token embeddings.
 WARM_START_ADAPTERS = {

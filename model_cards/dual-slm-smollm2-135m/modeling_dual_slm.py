@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,6 +176,51 @@ class ParalinguisticAdapter(nn.Module):
         logits = self.soft_tokens.logits(outputs, rows)
         embeds = logits.softmax(-1) @ rows
         return embeds if self.residual is None else embeds + self.residual(inner), logits
+
+
+class QueryAdapter(nn.Module):
+    """How it is said, by EmoSLLM's QPMapper (arXiv 2508.14130): learned queries and the frames go through transformer
+    layers together, what becomes of the queries through a linear layer to the LLM. The same interface as
+    [`ParalinguisticAdapter`]."""
+
+    def __init__(self, config: DualSLMConfig):
+        super().__init__()
+        width = config.paralinguistic_hidden_size or 768
+        self.layer_weights = None
+        if config.paralinguistic_layer_mix:
+            self.layer_weights = nn.Parameter(torch.zeros(config.audio_num_layers, 1))
+        self.norm = nn.LayerNorm(config.audio_hidden_size)
+        self.input = nn.Linear(config.audio_hidden_size, width)
+        self.queries = nn.Parameter(torch.zeros(config.num_paralinguistic_tokens, width))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width,
+                config.paralinguistic_num_heads,
+                dim_feedforward=config.paralinguistic_intermediate_size or 4 * width,
+                dropout=config.paralinguistic_dropout,
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(config.paralinguistic_num_layers)
+        )
+        self.output = nn.Linear(width, config.text_config.hidden_size)
+
+    def forward(
+        self, states: torch.Tensor, lengths: torch.Tensor, embedding: nn.Module | None = None
+    ) -> tuple[torch.Tensor, None]:
+        """(A, L, T, C) layers of the encoder and (A,) real frames -> (A, N, D) embeddings."""
+        if self.layer_weights is not None:
+            states = torch.einsum("l,altc->atc", self.layer_weights[:, 0].softmax(0), states)
+        else:
+            states = states[:, -1]
+        states = self.input(self.norm(states))
+        queries = self.queries.expand(len(states), -1, -1)
+        padding = ~_length_mask(lengths, states.shape[1])
+        padding = torch.cat([padding.new_zeros(queries.shape[:2]), padding], dim=1)
+        states = torch.cat([queries, states], dim=1)
+        for layer in self.layers:
+            states = layer(states, src_key_padding_mask=padding)
+        return self.output(states[:, : queries.shape[1]]), None
 
 
 class LinguisticAdapter(nn.Module):
@@ -423,14 +468,16 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     input_modalities = ("audio", "text")
     output_modalities = ("text",)
     supports_gradient_checkpointing = True
+    _keys_to_ignore_on_load_unexpected = [r"\.lora_"]  # noqa: RUF012 (loaded, and checked, once the LLM is there)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
 
     def __init__(self, config: DualSLMConfig, with_backbones: bool = True):
         super().__init__(config)
-        self.paralinguistic_adapter = ParalinguisticAdapter(config)
-        self.linguistic_adapter = LinguisticAdapter(config)
+        kind = QueryAdapter if config.paralinguistic_adapter_type == "query" else ParalinguisticAdapter
+        self.paralinguistic_adapter = kind(config)
+        self.linguistic_adapter = None if config.linguistic_adapter_type == "none" else LinguisticAdapter(config)
         # from_pretrained builds the adapters alone: the backbones are loaded by their own from_pretrained and attached.
         # Any other order lets transformers overwrite the backbones' buffers without a word.
         self.audio_tower = self.language_model = None
@@ -439,6 +486,7 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.audio_tower = audio_tower.get_encoder() if config.audio_config.is_encoder_decoder else audio_tower
             self.language_model = AutoModelForCausalLM.from_config(config.text_config)
             self._freeze_backbones()
+            self._add_lora()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -454,6 +502,10 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if module.pooling == "statistics":
                 init.zeros_(module.statistics_mean)
                 init.ones_(module.statistics_scale)
+        elif isinstance(module, QueryAdapter):
+            init.normal_(module.queries, std=1.0)
+            if module.layer_weights is not None:
+                init.zeros_(module.layer_weights)
         elif isinstance(module, SoftTokens):
             init.constant_(module.scale, 10.0)  # embedding rows are short (norm about 1-3): a scale from 10
             init.zeros_(module.token_ids)
@@ -478,6 +530,9 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for module in self.language_model.modules():
                 if getattr(module, "gradient_checkpointing", False):
                     module.training = True
+            for name, module in self.language_model.named_modules():
+                if "lora_dropout" in name:
+                    module.train()
         return self
 
     def attach_backbones(self, audio_tower: PreTrainedModel, language_model: PreTrainedModel) -> None:
@@ -486,12 +541,79 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._freeze_backbones()
         self.post_init()  # collects tied keys and no-split modules anew; initialises nothing
         device = self.get_input_embeddings().weight.device
-        self.paralinguistic_adapter.to(device)
-        self.linguistic_adapter.to(device)
+        for adapter in (self.paralinguistic_adapter, self.linguistic_adapter):
+            if adapter is not None:
+                adapter.to(device)
+        self._add_lora()
 
     def frozen_keys(self) -> list[str]:
-        """Names of all tensors that belong to the backbones."""
-        return [key for key in self.state_dict() if key.startswith(("audio_tower.", "language_model."))]
+        """Names of all tensors that belong to the backbones; those of LoRA do not."""
+        frozen = ("audio_tower.", "language_model.")
+        return [key for key in self.state_dict() if key.startswith(frozen) and ".lora_" not in key]
+
+    # ---- LoRA ------------------------------------------------------------------------------------------------------
+
+    def _add_lora(self) -> None:
+        """Puts LoRA into the LLM where the config has one; its tensors are trained and saved with the adapters."""
+        if self.config.lora_config is None:
+            return
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise ImportError(
+                "this checkpoint has LoRA on its LLM (lora_config), which needs peft: `pip install peft`."
+            ) from error
+        self.language_model.add_adapter(LoraConfig(**self.config.lora_config))
+        for name, parameter in self.language_model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+        self.language_model.eval()
+
+    @contextmanager
+    def lora(self, enabled: bool) -> Iterator[None]:
+        """Within it, LoRA is on or off, whatever the input. Off, the LLM is the bare LLM, bit for bit."""
+        before, self._lora_decided = getattr(self, "_lora_decided", False), True
+        if self.config.lora_config is not None and not enabled:
+            self.language_model.disable_adapters()
+        try:
+            yield
+        finally:
+            self._lora_decided = before
+            if self.config.lora_config is not None and not enabled:
+                self.language_model.enable_adapters()
+
+    def _lora_for(self, audio) -> "contextmanager":
+        """LoRA as the config wants it for an input with or without audio."""
+        if self.config.lora_config is None or getattr(self, "_lora_decided", False):
+            return nullcontext()
+        return self.lora(audio is not None or not self.config.lora_only_with_audio)
+
+    def merge_lora(self, folder: str | os.PathLike) -> None:
+        """Merges LoRA into the LLM, which is then no longer the original: it is saved to `folder`, and the config names
+        it there. peft is not needed any more.
+
+        Raises:
+            ValueError: there is no LoRA.
+        """
+        if self.config.lora_config is None:
+            raise ValueError("there is no LoRA to merge: lora_config is None.")
+        try:
+            from peft.tuners.tuners_utils import BaseTunerLayer
+        except ImportError as error:
+            raise ImportError("merging LoRA needs peft: `pip install peft`.") from error
+        llm = self.language_model
+        for name, module in list(llm.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+                parent, _, leaf = name.rpartition(".")
+                setattr(llm.get_submodule(parent), leaf, module.get_base_layer())
+        llm._hf_peft_config_loaded = False
+        del llm.peft_config
+        llm.save_pretrained(folder)
+        self.config.lora_config = None
+        self.config.text_model_id, self.config.text_model_revision = str(folder), None
+        self.config.text_model_fingerprint = fingerprint(str(folder))
 
     @property
     def _keys_to_ignore_on_save(self) -> list[str]:
@@ -622,9 +744,26 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             _refuse_other_backbone(config, side, hub_kwargs)
         generation_config = model.generation_config
         model.attach_backbones(audio_tower, language_model)
+        if config.lora_config is not None:
+            places = {k: kwargs[k] for k in ("revision", "subfolder") if kwargs.get(k) is not None}
+            model._load_lora(pretrained_model_name_or_path, hub_kwargs | places)
         model.generation_config = generation_config
         model.eval()
         return (model, info) if output_loading_info else model
+
+    def _load_lora(self, name, options: dict) -> None:
+        with safe_open(cached_file(name, "model.safetensors", **options), framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys() if ".lora_" in key}  # noqa: SIM118 (not a dict)
+        known = {key: value for key, value in self.state_dict().items() if ".lora_" in key}
+        _refuse_wrong_keys(
+            name,
+            {
+                "missing_keys": set(known) - set(tensors),
+                "unexpected_keys": set(tensors) - set(known),
+                "mismatched_keys": {k for k in set(known) & set(tensors) if known[k].shape != tensors[k].shape},
+            },
+        )
+        self.load_state_dict(tensors, strict=False)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -647,8 +786,8 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The frozen encoder, then only its real frames, the chunks of a clip put together.
 
         Args:
-            input_features: (K, mel bins, F) log-mel.
-            input_features_mask: (K, F), 1 at real frames. Default: all real.
+            input_features: (K, mel bins, F) log-mel of a Whisper; (K, samples) of an encoder that reads waveforms.
+            input_features_mask: (K, F) or (K, samples), 1 where real. Default: all real.
             audio_num_chunks: (A,), chunks of each clip; they add up to K. Default: one each.
             all_layers: return every layer or the last alone. Default: what the config's paralinguistic adapter reads.
 
@@ -662,9 +801,11 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         mel_lengths = input_features_mask.to(parameter.device).sum(-1).long()
         if all_layers is None:
             all_layers = self.config.paralinguistic_layer_mix
-        with torch.no_grad():
-            states = self._encode_whisper(features, mel_lengths, all_layers)  # (K, L, T, C)
-        lengths = (mel_lengths + 1) // 2
+        with torch.no_grad():  # (K, L, T, C)
+            if self.config.audio_config.model_type == "whisper":
+                states, lengths = self._encode_whisper(features, mel_lengths, all_layers), (mel_lengths + 1) // 2
+            else:
+                states, lengths = self._encode_waveform(features, mel_lengths, all_layers)
         counts = [1] * len(lengths) if audio_num_chunks is None else audio_num_chunks.tolist()
         if sum(counts) != len(lengths):
             raise ValueError(f"audio_num_chunks adds up to {sum(counts)}, but there are {len(lengths)} chunks.")
@@ -706,6 +847,30 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         states = encoder.layer_norm(states)
         return torch.stack([*outputs[:-1], states], dim=1) if all_layers else states[:, None]
 
+    def _encode_waveform(
+        self, samples: torch.Tensor, lengths: torch.Tensor, all_layers: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """WavLM, HuBERT, wav2vec 2.0 and the like: (K, samples) -> (K, L, T, C) and (K,) frames."""
+        tower = self.audio_tower
+        frames = tower._get_feat_extract_output_lengths(lengths)
+        if tower.config.feat_extract_norm == "group":
+            # The first convolution is normalised over all of time, padding included: only alone is a clip itself.
+            outputs = [
+                tower(clip[None, :length], output_hidden_states=all_layers)
+                for clip, length in zip(samples, lengths.tolist(), strict=True)
+            ]
+        else:
+            mask = _length_mask(lengths, samples.shape[1])
+            outputs = [tower(samples, attention_mask=mask.long(), output_hidden_states=all_layers)]
+        longest, parts = int(frames.max()), []
+        for output in outputs:
+            layers = [output.last_hidden_state]
+            if all_layers:
+                layers = [*output.hidden_states[1:-1], output.last_hidden_state]
+            states = torch.stack(layers, dim=1)[:, :, :longest]
+            parts.append(nn.functional.pad(states, (0, 0, 0, longest - states.shape[2])))
+        return torch.cat(parts), frames
+
     def get_audio_features(
         self,
         input_features: torch.Tensor,
@@ -741,7 +906,7 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             audio_trained: (A, 2), whether each adapter gets a gradient from each clip. Default: both do.
         """
         embedding = self.get_input_embeddings()
-        device = self.linguistic_adapter.linear_1.weight.device
+        device = self.paralinguistic_adapter.output.weight.device
         states, lengths = states.to(device), lengths.to(device)
         how, what = audio_branches.to(device).bool().unbind(-1)
         features = DualSLMAudioFeatures()
@@ -756,6 +921,10 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             features.paralinguistic_embeds, features.paralinguistic_logits = embeds, logits
         if what.any():
             adapter = self.linguistic_adapter
+            if adapter is None:
+                raise ValueError(
+                    "this checkpoint has no linguistic adapter: give the words as text, linguistic: transcript or none."
+                )
             trained = None if audio_trained is None else audio_trained.to(device)[what, 1].bool()
             embeds, counts, token_ids, logits = adapter(states[what][:, -1], lengths[what], embedding, trained)
             features.linguistic_embeds, features.linguistic_lengths = embeds, counts
@@ -861,7 +1030,8 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 audio_branches = torch.ones(len(audio_lengths), 2)
             audio_features = self.adapt_audio(audio_states, audio_lengths, audio_branches, audio_pooled, audio_trained)
         if only_targets:
-            return self._forward_targets(input_ids, attention_mask, audio_features, labels)
+            with self._lora_for(audio_features):
+                return self._forward_targets(input_ids, attention_mask, audio_features, labels)
         if audio_features is not None:
             if input_ids is None:
                 raise ValueError("audio needs input_ids, whose placeholders say where it goes; got none.")
@@ -869,14 +1039,15 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids = None
             if position_ids is None:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        return self.language_model(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            labels=labels,
-            **kwargs,
-        )
+        with self._lora_for(audio_features):
+            return self.language_model(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                labels=labels,
+                **kwargs,
+            )
 
     def _forward_targets(self, input_ids, attention_mask, audio_features, labels) -> DualSLMTargetOutput:
         _, embeds, mask, labels = self.pack_prompt(input_ids, attention_mask, audio_features, labels)
@@ -910,11 +1081,13 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if features is None and audio["input_features"] is not None:
             features = self.get_audio_features(**audio)
         if features is None:
-            return super().generate(input_ids, **kwargs)
+            with self._lora_for(None):
+                return super().generate(input_ids, **kwargs)
         if input_ids is None:
             raise ValueError("audio needs input_ids, whose placeholders say where it goes; got none.")
         ids, embeds, attention_mask = self.pack_prompt(input_ids, kwargs.pop("attention_mask", None), features)
-        output = super().generate(ids, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        with self._lora_for(features):
+            output = super().generate(ids, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         copies = len(sequences) // len(input_ids)
         prompt = input_ids.to(sequences.device).repeat_interleave(copies, dim=0)
@@ -1026,4 +1199,10 @@ def _refuse_other_backbone(config: DualSLMConfig, side: str, hub_kwargs: dict) -
 
 DualSLMForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
 
-__all__ = ["DualSLMAudioFeatures", "DualSLMForConditionalGeneration", "LinguisticAdapter", "ParalinguisticAdapter"]
+__all__ = [
+    "DualSLMAudioFeatures",
+    "DualSLMForConditionalGeneration",
+    "LinguisticAdapter",
+    "ParalinguisticAdapter",
+    "QueryAdapter",
+]

@@ -26,6 +26,7 @@ CORPORA = {
     "dailytalk": Corpus("two-speaker dialogues, emotion (CC BY-SA 4.0)", shares_speakers=True),
     "ravdess": Corpus("two sentences in 8 emotions (CC BY-NC-SA 4.0)"),
     "cremad": Corpus("twelve sentences in 6 emotions (ODbL)"),
+    "iemocap": Corpus("dyadic sessions, 4 emotions, five folds by session"),
     "folder": Corpus("your own: metadata.jsonl or metadata.csv beside audio files"),
 }
 

@@ -91,6 +91,8 @@ def evaluate(
         speak=_speaker(out / "facts", seed),
         limit=limit,
         seed=seed,
+        words_as_text=local is not None and local.words_as_text,
+        facts=tuple(local.model.config.prompt_facts) if local else (),
     )
     records: dict[str, list[dict]] = {}
     for suite in chosen:
@@ -159,7 +161,8 @@ def _beside(system: Checkpoint, suite: str, queries: list[Query], table: list[di
         train = [row for row in table if row["split"] == "train" and row["audio"] and row["corpus"] in corpora]
         if train:
             system.prepare(train)
-            sources = ("encoder",) if suite == "attributes" else ("P branch", "L branch")
+            branches = ("P branch",) if system.words_as_text else ("P branch", "L branch")
+            sources = ("encoder",) if suite == "attributes" else branches
             found += probe(system, train, list(clips.values()), suite, sources)
         else:
             bench.notes.append(f"{suite}: the tables have no training rows of these corpora, so no linear probes.")

@@ -45,6 +45,8 @@ class Bench:
         speak: sentence -> a row that says it; `None` where no voice is installed.
         limit: rows of a corpus and task.
         seed: of every draw.
+        words_as_text: the system has no linguistic adapter: its linguistic branch is the transcript.
+        facts: attributes that prompts tell in words.
     """
 
     rows: list[dict]
@@ -54,6 +56,8 @@ class Bench:
     speak: Callable[[str], dict] | None = None
     limit: int | None = None
     seed: int = 0
+    words_as_text: bool = False
+    facts: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
     def take(self, task: str, limit: int | None = None, fit: Callable[[dict], bool] = bool) -> list[dict]:
@@ -86,6 +90,10 @@ class Bench:
         how, what = CONDITIONS["P&L" if base == "swap" else base]
         if base not in self.conditions and base != "swap":
             return None
+        if self.words_as_text and what == "speech":
+            what = "transcript"
+            if base == "swap" and voice is not None:  # the words of the other clip, as text
+                sample = _with_words(sample, row)
         *earlier, turn = sample.messages
         content = []
         for part in turn["content"]:
@@ -107,11 +115,20 @@ class Bench:
         sample = replace(sample, messages=[*earlier, turn | {"content": content}])
         return Query(suite, condition, sample, row, voice or row, _room(sample))
 
+    def sample(self, row: dict, task: str) -> Sample:
+        return make_sample(row, task, self.choices, self.seed, facts=self.facts)
+
     def queries(self, suite: str, conditions: Iterable[str], task: str, rows: list[dict]) -> Iterator[Query]:
         for row in rows:
-            sample = make_sample(row, task, self.choices, self.seed)
+            sample = self.sample(row, task)
             found = (self.query(suite, condition, sample, row) for condition in conditions)
             yield from (query for query in found if query is not None)
+
+
+def _with_words(sample: Sample, row: dict) -> Sample:
+    *earlier, turn = sample.messages
+    content = [p | {"transcript": row["transcript"]} if p["type"] == "audio" else p for p in turn["content"]]
+    return replace(sample, messages=[*earlier, turn | {"content": content}])
 
 
 def _room(sample: Sample) -> int:
@@ -182,7 +199,7 @@ def disentanglement(bench: Bench) -> list[Query]:
                 continue
             other = random.Random(f"{bench.seed}/swap/{task}/{row['id']}").choice(unlike)
             words, voice = (row, other) if task == "asr" else (other, row)
-            query = bench.query(name, "swap", make_sample(row, task, bench.choices, bench.seed), words, voice)
+            query = bench.query(name, "swap", bench.sample(row, task), words, voice)
             found += [query] if query else []
     return found
 
@@ -199,7 +216,7 @@ def context(bench: Bench) -> list[Query]:
     found = []
     for task in ("asr", *ATTRIBUTES):
         for row in bench.clips(task, LIMITS["context"]):
-            sample = make_sample(row | {"history": []}, task, bench.choices, bench.seed)
+            sample = bench.sample(row | {"history": []}, task)
             for turns in TURNS:
                 query = bench.query("context", f"P&L, after {turns} turns", after(sample, small_talk(turns)), row)
                 found += [query] if query else []
@@ -301,12 +318,8 @@ def direct(
             for task, probabilities in item["attributes"].items():
                 if row.get(task) in probabilities and only in (None, task):
                     best = max(probabilities, key=probabilities.get)
-                    said = {
-                        "task": task + (EQUAL if only else ""),
-                        "label": row[task],
-                        "parsed": best,
-                        "confidence": probabilities[best],
-                    }
+                    said = {"task": task + (EQUAL if only else ""), "label": row[task], "parsed": best}
+                    said |= {"confidence": probabilities[best]}
                     yield common | said | {"reply": best, "choices": sorted(probabilities)}
 
 

@@ -87,6 +87,7 @@ class Checkpoint:
     def __init__(self, model, processor, folder: str | Path, name: str = "", batch_size: int = 32):
         self.model, self.processor, self.name, self.batch_size = model, processor, name, batch_size
         self.conditions = tuple(CONDITIONS)
+        self.words_as_text = model.linguistic_adapter is None
         self.store = FeatureStore(folder, model.config)
 
     def prepare(self, rows: list[dict]) -> None:
@@ -110,8 +111,15 @@ class Checkpoint:
 
     @torch.inference_mode()
     def hear(self, rows: list[dict]) -> list[dict]:
-        """`heard` and `attributes` of each clip, before the LLM."""
+        """`heard` and `attributes` of each clip: before the LLM, or where the adapter spells no captions, the attributes by
+        the probability that the LLM gives each label."""
         result = []
+        if self.processor.attribute_questions:
+            for row in tqdm(rows, desc="probabilities", unit=" clips"):
+                part = {"type": "audio", "num_frames": self.store.length(row), "transcript": row["transcript"]}
+                found = self.processor.ask_attributes(self.model, part, self.features([row], []))
+                result.append({"heard": None, "attributes": found})
+            return result
         for start in range(0, len(rows), self.batch_size):
             part = rows[start : start + self.batch_size]
             result += self.processor.decode_audio(self.features(part, part))

