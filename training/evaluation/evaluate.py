@@ -94,6 +94,9 @@ def evaluate(
         words_as_text=local is not None and local.words_as_text,
         facts=tuple(local.model.config.prompt_facts) if local else (),
     )
+    if local is not None and local.processor.attribute_questions:
+        bench.tasks = tuple(local.processor.attribute_questions)
+        bench.notes.append(f"the checkpoint was made for {', '.join(bench.tasks)}; other tasks are not asked.")
     records: dict[str, list[dict]] = {}
     for suite in chosen:
         queries = SUITES[suite](bench)

@@ -47,6 +47,7 @@ class Bench:
         seed: of every draw.
         words_as_text: the system has no linguistic adapter: its linguistic branch is the transcript.
         facts: attributes that prompts tell in words.
+        tasks: that the system was made for; others are not asked.
     """
 
     rows: list[dict]
@@ -58,6 +59,7 @@ class Bench:
     seed: int = 0
     words_as_text: bool = False
     facts: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("asr", *ATTRIBUTES)
     notes: list[str] = field(default_factory=list)
 
     def take(self, task: str, limit: int | None = None, fit: Callable[[dict], bool] = bool) -> list[dict]:
@@ -72,8 +74,10 @@ class Bench:
         return found
 
     def clips(self, task: str, limit: int | None = None) -> list[dict]:
-        """Rows with audio of a task. For words, of corpora whose rows do not all share a handful of sentences."""
+        """Rows with audio of a task that the system knows. For words, of corpora whose rows do not all share a handful of sentences."""
         able = None
+        if task not in self.tasks:
+            return []
         if task == "asr":
             texts = defaultdict(list)
             for row in self.rows:
