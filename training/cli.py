@@ -338,12 +338,15 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Ask a checkpoint (or Qwen2-Audio, or a file of replies) what it hears, score it, and write a report."""
-    from .evaluation.evaluate import compared
+    from .evaluation.evaluate import averaged, compared
     from .evaluation.evaluate import evaluate as run_suites
     from .evaluation.report import markdown, write_card
 
     if args.compare:
         print(compared(*args.compare))
+        return
+    if args.mean:
+        print(averaged(args.mean))
         return
     if not args.checkpoint or not args.data or not args.out:
         raise ValueError("evaluate needs a checkpoint, --data TABLE and --out DIR (or --compare DIR DIR).")
@@ -509,6 +512,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--card", action="store_true", help="write the figures into the checkpoint's README.md")
     sub.add_argument("--compare", nargs=2, metavar="DIR", help="paired differences of two finished evaluations")
+    sub.add_argument("--mean", nargs="+", metavar="DIR", help="mean and spread of finished evaluations (seeds)")
     sub.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16 ...")
     sub.add_argument("--device", default="cpu", help="cpu, cuda ...")
     sub.add_argument("--trust-remote-code", action="store_true", help="run the code in the checkpoint")

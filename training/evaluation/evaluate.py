@@ -8,6 +8,7 @@ OUT/report.json  report.html  disentanglement.png
 
 import hashlib
 import json
+import statistics
 import time
 from collections.abc import Iterable
 from datetime import date
@@ -263,4 +264,28 @@ def compared(first: str | Path, second: str | Path) -> str:
         )
         where = ", ".join(str(d[n]) for n in ("suite", "corpus", "task", "condition", "judge") if d[n])
         lines.append(f"| {where} | {d['metric']} | {a} | {b} | {gap}{interval} | {d['samples']} |")
+    return "\n".join(lines)
+
+
+def averaged(folders: list[str | Path]) -> str:
+    """Mean and standard deviation of the headline figures over several evaluations (seeds), as Markdown."""
+    values: dict[tuple, list[float]] = {}
+    for folder in folders:
+        path = Path(folder) / "report.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no finished evaluation (report.json).")
+        for f in json.loads(path.read_text(encoding="utf-8"))["figures"]:
+            if f["metric"] in (*reports.HEADLINE, "unweighted accuracy"):
+                place = (f["suite"], f["corpus"], f["task"], f["metric"], f["condition"])
+                values.setdefault(place, []).append(f["value"])
+    conditions = list(dict.fromkeys(place[-1] for place in values))
+    lines = [f"| {len(folders)} evaluations: mean ± standard deviation, % | " + " | ".join(conditions) + " |"]
+    lines.append("|---" * (len(conditions) + 1) + "|")
+    for place in dict.fromkeys(place[:-1] for place in values):
+        cells = []
+        for condition in conditions:
+            found = [100 * value for value in values.get((*place, condition), [])]
+            spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+            cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "")
+        lines.append(f"| {', '.join(place)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

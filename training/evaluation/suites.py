@@ -74,7 +74,8 @@ class Bench:
         return found
 
     def clips(self, task: str, limit: int | None = None) -> list[dict]:
-        """Rows with audio of a task that the system knows. For words, of corpora whose rows do not all share a handful of sentences."""
+        """Rows with audio of a task that the system knows; for words, of corpora that have more than a handful of
+        sentences."""
         able = None
         if task not in self.tasks:
             return []
