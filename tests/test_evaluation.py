@@ -12,9 +12,11 @@ import sys
 import time
 import urllib.request
 from collections import Counter
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import jiwer
 import numpy as np
@@ -26,7 +28,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, r
 from conftest import make_model, tone
 from dual_slm import DualSLMForConditionalGeneration
 from dual_slm.modeling_dual_slm import resolve_backbone
-from dual_slm.training.corpora.schema import make_row, write_table
+from dual_slm.training.backbones import ASSETS
+from dual_slm.training.corpora.schema import make_row, read_table, write_table
 from dual_slm.training.evaluation import judges, metrics, report
 from dual_slm.training.evaluation.evaluate import compared, evaluate
 from dual_slm.training.evaluation.suites import SUITES, Bench, disentanglement
@@ -36,42 +39,35 @@ from dual_slm.training.tasks import label_sets, parse_label, parse_transcript
 
 MODULES = Path(metrics.__file__).parent / "modules"
 REAL = [json.loads(line) for line in (Path(__file__).parent / "data/real_replies.jsonl").read_text().splitlines()]
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 EMOTIONS = ("neutral", "happy", "sad")
-SENTENCES = """the quick brown fox jumps
-it was a dog
-the lazy cat sleeps all day long
-nobody came to see the old house
-we went home
-bring me a cup of tea
-the train was late again this morning
-she says hello
-rain fell on the green hill
-he never liked that song very much
-open the window
-my brother lives near the sea""".splitlines()
+LINES = (ASSETS / "sentences.txt").read_text().splitlines()
+SENTENCES = [line for line in LINES if line == metrics.normalize(line)][:12]  # words are words, no numbers
+WORDS = sum(len(sentence.split()) for sentence in SENTENCES)
 
 
 def table(folder: Path) -> Path:
     """Two corpora with the same ids: `read` of varied sentences, `acted` of two sentences with emotions."""
-    clips = []
-    for n in range(6):
-        clips.append((str(folder / f"{n}.wav"), 0.5 + n / 10))
-        soundfile.write(clips[-1][0], tone(clips[-1][1], n), 16_000)
     rows = []
-    for split, count in (("train", 6), ("test", 12)):
-        for n in range(count):
-            audio, duration = clips[n % 6]
-            about = {"split": split, "audio": audio, "duration": duration, "gender": ("female", "male")[n % 2]}
-            who = f"{split}{n % 4}"
-            rows.append(
-                make_row(id=f"{split}-{n}", corpus="read", speaker=f"r{who}", transcript=SENTENCES[n], **about)
-            )
-            about |= {"transcript": ("kids are talking by the door", "dogs are sitting by the door")[n % 2]}
-            rows.append(
-                make_row(id=f"{split}-{n}", corpus="acted", speaker=f"a{who}", emotion=EMOTIONS[n % 3], **about)
-            )
+    for n in range(18):
+        split, seconds, audio = "train" if n < 6 else "test", 0.5 + n % 6 / 10, str(folder / f"{n % 6}.wav")
+        soundfile.write(audio, tone(seconds, n % 6), 16_000)
+        about = {"id": str(n), "split": split, "audio": audio, "duration": seconds}
+        about["gender"] = ("female", "male")[n % 2]
+        rows.append(make_row(corpus="read", speaker=f"r {split} {n % 4}", transcript=SENTENCES[n % 12], **about))
+        about |= {"transcript": f"{('kids', 'dogs')[n % 2]} are by the door", "emotion": EMOTIONS[n % 3]}
+        rows.append(make_row(corpus="acted", speaker=f"a {split} {n % 4}", **about))
     write_table(rows, folder / "t.parquet")
     return folder / "t.parquet"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small models gain nothing by a second thread, and lose much where another process has the core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -111,22 +107,13 @@ def test_figures_of_labels_are_those_of_sklearn(seed):
     assert metrics.majority(matrix) == pytest.approx(max(Counter(true).values()) / 60)
 
 
-@pytest.mark.parametrize(
-    ("said", "heard", "counts"),
-    [
-        ("It's Mr. Smith!", "it is mister smith", (0, 4)),
-        ("I have twenty three cats.", "i have 23 cats", (0, 4)),
-        ("the cat sat", "The hat sat down.", (2, 3)),
-        ("the cat sat", "cat", (2, 3)),
-        ("", "hello there", (2, 0)),
-        ("hello there", "...", (2, 2)),
-    ],
-)
-def test_word_errors_counted_by_hand(said, heard, counts):
-    assert metrics.word_errors(said, heard) == counts
-
-
-def test_word_errors_are_those_of_jiwer_on_normalised_text():
+def test_word_errors_are_those_of_a_hand_and_of_jiwer():
+    assert metrics.word_errors("It's Mr. Smith!", "it is mister smith") == (0, 4)
+    assert metrics.word_errors("I have twenty three cats.", "i have 23 cats") == (0, 4)
+    assert metrics.word_errors("the cat sat", "The hat sat down.") == (2, 3)
+    assert metrics.word_errors("the cat sat", "cat") == (2, 3)
+    assert metrics.word_errors("", "hello there") == (2, 0)
+    assert metrics.word_errors("hello there", "...") == (2, 2)
     rng = random.Random(0)
     for said in SENTENCES:
         words = said.split()
@@ -150,7 +137,8 @@ def test_intervals_are_over_speakers():
     assert metrics.bootstrap(many, metrics.ratio, seed=3) == metrics.bootstrap(many, metrics.ratio, seed=3)
     assert metrics.bootstrap(many, metrics.ratio, seed=3) != metrics.bootstrap(many, metrics.ratio, seed=4)
     assert metrics.paired_bootstrap(many, many, metrics.ratio) == (0.0, 0.0)
-    assert metrics.paired_bootstrap(many, many * [2, 2], metrics.ratio) == pytest.approx((0, 0))
+    worse = np.stack([many.sum(1), many[:, 1]], axis=1)  # one error more a word, whoever is drawn
+    assert metrics.paired_bootstrap(many, worse, metrics.ratio) == pytest.approx((1, 1))
 
 
 def test_modules_of_evaluate_agree_with_jiwer_and_sklearn():
@@ -263,29 +251,27 @@ def test_the_page_stands_by_itself(whole):
 
 
 def test_a_second_run_elsewhere_gives_the_same_samples(whole, checkpoint, data, tmp_path):
-    suites = ["asr", "attributes", "conversation", "disentanglement"]
+    suites = ["asr", "attributes", "disentanglement"]
     evaluate(checkpoint, [str(data)], tmp_path, suites=suites, limit=2)
     for suite in suites:
         assert (tmp_path / f"{suite}.jsonl").read_bytes() == (whole[0] / f"{suite}.jsonl").read_bytes()
 
 
-def test_a_run_in_the_same_folder_asks_nothing_and_a_larger_one_only_what_is_new(
-    whole, checkpoint, data, tmp_path, monkeypatch
-):
+def test_the_same_folder_asks_nothing_again(whole, checkpoint, data, tmp_path, monkeypatch):
     folder = tmp_path / "copy"
     shutil.copytree(whole[0], folder)
     asked, generate = [], DualSLMForConditionalGeneration.generate
-    monkeypatch.setattr(
-        DualSLMForConditionalGeneration,
-        "generate",
-        lambda self, *args, **more: asked.append(len(more["input_ids"])) or generate(self, *args, **more),
-    )
+
+    def counting(self, *args, **more):
+        asked.append(len(more["input_ids"]))
+        return generate(self, *args, **more)
+
+    monkeypatch.setattr(DualSLMForConditionalGeneration, "generate", counting)
     journal = (folder / "replies.jsonl").read_bytes()
     again = evaluate(checkpoint, [str(data)], folder, suites=["asr", "disentanglement"], limit=2)
     assert not asked
     assert (folder / "replies.jsonl").read_bytes() == journal
-    ours = ("asr", "disentanglement")
-    assert again["figures"] == [f for f in whole[1]["figures"] if f["suite"] in ours]
+    assert again["figures"] == [f for f in whole[1]["figures"] if f["suite"] in again["suites"]]
     larger = evaluate(checkpoint, [str(data)], folder, suites=["asr"], limit=3)
     assert sum(asked) == 4  # one more row under four conditions
     assert figure(larger, "asr", "read", "asr", "P&L", "WER")["samples"] == 3
@@ -303,7 +289,7 @@ def test_an_unknown_suite_or_split_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match=r"no suite 'singing'; there are asr, .*context and all"):
         evaluate("x", [str(data)], tmp_path, suites=["asr", "singing"])
     with pytest.raises(ValueError, match="no row of the split 'validation'"):
-        evaluate("x", [str(data)], tmp_path, split="validation", system=Scripted(honest))
+        evaluate("x", [str(data)], tmp_path, split="validation", system=system_of(honest))
 
 
 def test_a_killed_evaluation_goes_on_to_the_same_samples(checkpoint, data, tmp_path):
@@ -312,7 +298,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_samples(checkpoint, data, tmp_p
     evaluate(checkpoint, [str(data)], whole, suites=["attributes"])
     arguments = ["evaluate", checkpoint, "--data", str(data), "--suite", "attributes", "--out", str(folder)]
     command = [sys.executable, "-m", "dual_slm.training.cli", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     limit, journal = time.time() + 200, folder / "replies.jsonl"
     while not (journal.is_file() and journal.stat().st_size):
         assert process.poll() is None, "the run ended before it could be killed"
@@ -323,7 +309,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_samples(checkpoint, data, tmp_p
     assert not (folder / "attributes.jsonl").exists()
     done = journal.read_bytes()
     assert 0 < done.count(b"\n") < len((whole / "replies.jsonl").read_text().splitlines())
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert journal.read_bytes().startswith(done[: done.rfind(b"\n") + 1])
     assert (folder / "attributes.jsonl").read_bytes() == (whole / "attributes.jsonl").read_bytes()
@@ -333,21 +319,12 @@ def test_a_killed_evaluation_goes_on_to_the_same_samples(checkpoint, data, tmp_p
 # ---- faults that a report must show ----------------------------------------------------------------------------------
 
 
-class Scripted:
-    name, conditions = "scripted", tuple(CONDITIONS)
-
-    def __init__(self, answer):
-        self.answer = answer
-
-    def prepare(self, rows):
-        pass
-
-    def reply(self, queries):
-        for query in queries:
-            yield query, self.answer(query)
-
-    def prompt(self, query):
-        return "(prompt)"
+def system_of(answer) -> SimpleNamespace:
+    """A system that knows what it is asked, and replies by a function of it."""
+    ask = {"prepare": lambda rows: None, "prompt": lambda query: "(prompt)"}
+    return SimpleNamespace(
+        name="scripted", conditions=tuple(CONDITIONS), reply=lambda qs: ((q, answer(q)) for q in qs), **ask
+    )
 
 
 def honest(query):
@@ -373,13 +350,12 @@ def shuffled(query):
 
 def slipping(query):
     """Honest but for one word more in three clips, and the gender of three voices."""
-    slips = query.condition == "P&L" and query.row["corpus"] == "read" and query.row["id"] in SLIPS
+    slips = query.condition == "P&L" and query.row["corpus"] == "read" and query.row["id"] in ("6", "7", "8")
     if not slips or query.sample.task not in ("asr", "gender"):
         return honest(query)
     return f"{honest(query)} indeed" if query.sample.task == "asr" else "male" if "fe" in honest(query) else "female"
 
 
-SLIPS = ("test-0", "test-1", "test-2")
 ANSWERS = {"honest": honest, "exchanged": exchanged, "shuffled": shuffled, "slipping": slipping}
 ANSWERS |= {"constant": lambda query: "It is sad.", "silent": lambda query: "I cannot tell."}
 
@@ -392,57 +368,39 @@ def scripted(data, tmp_path_factory):
     def get(name: str) -> tuple[Path, dict]:
         if name not in found:
             folder, suites = tmp_path_factory.mktemp(name), ["asr", "attributes", "disentanglement"]
-            found[name] = folder, evaluate(name, [str(data)], folder, suites, system=Scripted(ANSWERS[name]))
+            found[name] = folder, evaluate(name, [str(data)], folder, suites, system=system_of(ANSWERS[name]))
         return found[name]
 
     return get
 
 
-@pytest.mark.parametrize(
-    ("name", "warnings"),
-    [
-        (
-            "constant",
-            [
-                "attributes, emotion on acted, P&L: 33.3 % is not above always naming the most frequent label",
-                "attributes, emotion on acted, P&L: every reply is 'sad'",
-                "attributes, gender on read, P&L: 100.0 % of the replies name no label",
-                "asr, asr on read, P&L: a word error rate of",
-                "asr, asr on read, P&L: every reply is the same",
-            ],
-        ),
-        (
-            "shuffled",
-            [
-                *(f"attributes, {t} is not above" for t in ("gender on read, P&L", "gender on acted, P&L")),
-                "attributes, emotion on acted, P&L is not above",
-                "asr, asr on read, L only: a word error rate of",
-            ],
-        ),
-        (
-            "exchanged",
-            [
-                "gender on read, swap: the reply names the label of the clip whose words are heard (100.0 %)",
-                "emotion on acted, swap: the reply names the label of the clip whose words are heard",
-                "asr on read, swap: the transcript follows the clip of the voice",
-                "asr on read, P only: the words come through the paralinguistic branch",
-            ],
-        ),
-    ],
-)
-def test_a_wrong_system_is_caught_by_the_report(scripted, name, warnings):
+CAUGHT = {
+    "constant": r"""attributes, emotion on acted, P&L: 33.3 % is not above always naming the most frequent label
+        attributes, emotion on acted, P&L: every reply is 'sad'
+        attributes, gender on read, P&L: 100.0 % of the replies name no label
+        asr, asr on read, P&L: a word error rate of .* the words are not heard
+        asr, asr on read, P&L: every reply is the same""",
+    "shuffled": r"""attributes, gender on read, P&L: .* % is not above
+        attributes, gender on acted, P&L: .* % is not above
+        attributes, emotion on acted, P&L: .* % is not above
+        asr, asr on read, L only: a word error rate of""",
+    "exchanged": r"""gender on read, swap: the reply names the label of the clip whose words .*the branches look exchanged
+        emotion on acted, swap: the reply names the label of the clip whose words are heard
+        asr on read, swap: the transcript follows the clip of the voice
+        asr on read, P only: the words come through the paralinguistic branch""",
+}
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_a_wrong_system_is_caught_by_the_report(scripted, name):
     folder, result = scripted(name)
-    found = [
-        re.sub(r": [\d.]+ % is not above", " is not above", w) if name == "shuffled" else w for w in result["warnings"]
-    ]
-    for warning in warnings:
-        assert any(warning in f for f in found), "\n".join(found)
+    for wanted in CAUGHT[name].splitlines():
+        assert any(re.search(wanted.strip(), found) for found in result["warnings"]), wanted.strip()
     assert "class=warning" in (folder / "report.html").read_text()
 
 
 def test_a_right_system_gets_no_warning(scripted):
-    _, result = scripted("honest")
-    assert result["warnings"] == []
+    assert scripted("honest")[1]["warnings"] == []
 
 
 def test_a_right_system_is_never_suspected_of_exchanged_branches(scripted):
@@ -478,8 +436,7 @@ def test_differences_of_two_systems_are_those_that_were_made(scripted):
     )
     names = ("suite", "corpus", "task", "condition", "metric")
     found = {tuple(d[n] for n in names): d for d in report.compare(first, second)}
-    words = sum(len(sentence.split()) for sentence in SENTENCES)
-    made = {("asr", "read", "asr", "P&L", "WER"): 3 / words}
+    made = {("asr", "read", "asr", "P&L", "WER"): 3 / WORDS}
     made |= {("attributes", "read", "gender", "P&L", "accuracy"): -3 / 12}
     for place, difference in made.items():
         assert found[place]["difference"] == pytest.approx(difference)
@@ -504,11 +461,9 @@ def test_a_card_tells_its_figures_to_the_hub(scripted, tmp_path):
     assert (card.data.license, card.data.tags) == ("apache-2.0", ["speech"])
     assert card.text.count("## Evaluation") == 1
     assert "# A model\n\nWhat it does." in card.text
-    values = {
-        (r.dataset_type, r.task_name, r.metric_type, r.metric_name): r.metric_value for r in card.data.eval_results
-    }
-    words = sum(len(sentence.split()) for sentence in SENTENCES)
-    assert values["read", "asr", "wer", "WER %, P&L"] == round(300 / words, 1)
+    names = ("dataset_type", "task_name", "metric_type", "metric_name")
+    values = {tuple(getattr(r, n) for n in names): r.metric_value for r in card.data.eval_results}
+    assert values["read", "asr", "wer", "WER %, P&L"] == round(300 / WORDS, 1)
     assert values["read", "gender", "accuracy", "accuracy %, P&L"] == 75.0
     assert values["acted", "emotion", "unweighted_accuracy", "unweighted accuracy %, P&L"] == 100.0
 
@@ -518,8 +473,6 @@ def test_a_card_tells_its_figures_to_the_hub(scripted, tmp_path):
 
 @pytest.fixture(scope="module")
 def clips(data) -> list[dict]:
-    from dual_slm.training.corpora.schema import read_table
-
     return [row for row in read_table(data) if row["split"] == "test"]
 
 
@@ -552,47 +505,38 @@ def test_a_swap_pairs_another_speaker_with_another_label(clips):
 # ---- judges ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("answer", "read"),
-    [
-        ('{"content": 3, "style": 2}', True),
-        ('Here you are: {"content": 3.5, "style": 2} I hope it helps.', True),
-        ('```json\n{"content": 5, "style": 1}\n```', True),
-        ('{"content": 6, "style": 2}', False),
-        ('{"content": 0, "style": 2}', False),
-        ('{"content": NaN, "style": 2}', False),
-        ('{"content": 3}', False),
-        ('{"content": true, "style": 2}', False),
-        ('{"content": "3", "style": 2}', False),
-        ('{"content": 3, "style": 2} or {"content": 4, "style": 2}', False),
-        ('{"content": 3, "style": 2', False),
-        ("[3, 2]", False),
-        ("I would say 3.", False),
-        ("", False),
-        (None, False),
-    ],
-)
-def test_scores_are_read_strictly(answer, read):
-    assert (judges.parse_scores(answer, judges.ASSET["judges"]["CS"], ["1"]) is not None) == read
+ONE = '{"content": 3, "style": 2}'
+
+
+@pytest.mark.parametrize("answer", [ONE, f"Here you are: {ONE} I hope it helps.", f"```json\n{ONE}\n```"])
+def test_scores_are_read(answer):
+    assert judges.parse_scores(answer, judges.ASSET["judges"]["CS"], ["1"]) == {"1": {"content": 3.0, "style": 2.0}}
+
+
+@pytest.mark.parametrize("wrong", ["6", "0", "-3", "NaN", "true", '"3"', "null", "[3]", "3, 3"])
+def test_scores_are_read_strictly(wrong):
+    about = judges.ASSET["judges"]["CS"]
+    assert judges.parse_scores(ONE.replace("3", wrong), about, ["1"]) is None
+    for answer in ('{"content": 3}', ONE[:-1], f"{ONE} or {ONE}", "[3, 2]", "I would say 3.", "", None):
+        assert judges.parse_scores(answer, about, ["1"]) is None
 
 
 def test_every_reply_of_several_needs_its_scores():
     about, one = judges.ASSET["judges"]["EGS"], dict.fromkeys(("C1", "C2", "C3", "C4"), 7)
     assert judges.parse_scores(json.dumps({"1": one, "2": one}), about, ["1", "2"])["2"]["C4"] == 7.0
-    assert judges.parse_scores(json.dumps({"1": one}), about, ["1", "2"]) is None
-    assert judges.parse_scores(json.dumps({"1": one, "2": one | {"C3": 11}}), about, ["1", "2"]) is None
+    for second in ({}, {"2": one | {"C3": 11}}):
+        assert judges.parse_scores(json.dumps({"1": one} | second), about, ["1", "2"]) is None
 
 
 def talks(count: int) -> tuple[list[dict], dict]:
     """Records of replies under two conditions that name what the conversation is about, and its rows."""
-    rows = {
-        ("c", str(n)): make_row(id=str(n), corpus="c", split="test", transcript=f"topic{n}!") for n in range(count)
-    }
+    names = [str(n) for n in range(count)]
+    rows = {("c", n): make_row(id=n, corpus="c", split="test", transcript=f"topic{n}!") for n in names}
     records = []
-    for (corpus, name), row in rows.items():
-        for condition in ("P&L", "text"):
-            reply = f"{condition} replies to {row['transcript']}"
-            records.append({"corpus": corpus, "id": name, "speaker": name, "condition": condition, "reply": reply})
+    for condition in ("P&L", "text"):
+        for n in names:
+            about = {"corpus": "c", "id": n, "speaker": n, "condition": condition}
+            records.append(about | {"reply": f"{condition} replies to topic{n}!"})
     return records, rows
 
 
@@ -653,19 +597,12 @@ def faulty():
             if fault == "silence":
                 time.sleep(1.5)
             text = answer_to(body["messages"][0]["content"], lambda reply: 4)
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-            about = {"id": "0", "object": "chat.completion", "created": 0, "model": "m", "system_fingerprint": ""}
-            usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-            sent = json.dumps(about | {"choices": [choice], "usage": usage}).encode()
+            sent = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
             sent = sent[: len(sent) // 2] if fault == "broken" else sent
-            try:
-                self.send_response(fault if isinstance(fault, int) else 200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(sent)))
-                self.end_headers()
-                self.wfile.write(sent)
-            except OSError:  # who asked did not wait
-                pass
+            self.send_response(fault if isinstance(fault, int) else 200)
+            self.send_header("Content-Length", str(len(sent)))
+            self.end_headers()
+            self.wfile.write(sent)
 
         def log_message(self, *_):
             pass
@@ -715,22 +652,20 @@ def test_a_refusal_is_told_at_once(faulty, tmp_path):
 @pytest.fixture(scope="module")
 def served():
     """Address of `transformers serve`, a real OpenAI-style server, with a real LLM."""
-    pytest.importorskip("uvicorn", reason='pip install "transformers[serving]"')
     pytest.importorskip("fastapi", reason='pip install "transformers[serving]"')
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     start = "from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-c", start, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    limit, ready = time.time() + 120, False
     try:
-        for _ in range(600):
+        while not ready:
             assert process.poll() is None, "the server did not start"
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.1)
+            assert time.time() < limit
+            with suppress(OSError):
+                ready = urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).status == 200
+            time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/v1#{resolve_backbone('smollm2-135m-instruct')}"
     finally:
         process.terminate()
