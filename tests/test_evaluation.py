@@ -25,7 +25,7 @@ import soundfile
 import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, recall_score
 
-from conftest import make_model, tone
+from conftest import _tokenizer, make_model, tone
 from dual_slm import DualSLMForConditionalGeneration
 from dual_slm.modeling_dual_slm import resolve_backbone
 from dual_slm.training.backbones import ASSETS
@@ -165,7 +165,7 @@ def test_modules_of_evaluate_agree_with_jiwer_and_sklearn():
 def test_the_parser_of_labels_agrees_with_a_human():
     rows = [row for row in REAL if row["task"] != "asr"]
     assert len(rows) > 120
-    parsed = [parse_label(row["reply"], row["choices"]) for row in rows]
+    parsed = [parse_label(row["reply"], row["choices"], row["task"]) for row in rows]
     other = [f"{p} for {r['task']} {r}" for p, r in zip(parsed, rows, strict=True) if p != r["human"]]
     unparsed, human = parsed.count(None) / len(rows), sum(row["human"] is None for row in rows) / len(rows)
     assert len(other) <= 0.03 * len(rows), "\n".join(other)
@@ -682,3 +682,40 @@ def test_a_real_server_judges_conversations(served, tmp_path, monkeypatch):
     assert len(kept) == 2
     assert all(isinstance(answer, str) and answer.strip() for answer in kept.values())
     assert judges.judge(judge, *talks(2), Journal(tmp_path / "j")) == found
+
+
+def test_qwen2_audio_answers_through_transformers(tmp_path):
+    """The real classes with small random weights: the chat format, the placeholder of the clip, a reply of its own."""
+    from transformers import (
+        Qwen2AudioConfig,
+        Qwen2AudioForConditionalGeneration,
+        Qwen2AudioProcessor,
+        WhisperFeatureExtractor,
+    )
+
+    tokenizer = _tokenizer()
+    tokenizer.add_tokens(["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"], special_tokens=True)
+    tokenizer.chat_template = None  # Qwen2-Audio's processor has its own
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {"model_type": "qwen2", "vocab_size": len(tokenizer), "num_key_value_heads": 2}
+    audio = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 64}
+    config = Qwen2AudioConfig(
+        audio_config=audio | {"num_mel_bins": 128},
+        text_config=text | {"eos_token_id": 2, "pad_token_id": 0},
+        audio_token_id=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+    )
+    torch.manual_seed(0)
+    Qwen2AudioForConditionalGeneration(config).save_pretrained(tmp_path / "q")
+    extractor = WhisperFeatureExtractor(feature_size=128)
+    Qwen2AudioProcessor(extractor, tokenizer).save_pretrained(tmp_path / "q")
+    data = table(tmp_path)
+    result = evaluate(str(tmp_path / "q"), [data], tmp_path / "out", suites=["attributes"], limit=2)
+    records = [json.loads(line) for line in (tmp_path / "out" / "attributes.jsonl").read_text().splitlines()]
+    assert {r["condition"] for r in records} == {"P&L"}
+    assert all("<|AUDIO|>" in r["prompt"] and "<|im_start|>assistant" in r["prompt"] for r in records)
+    assert any(f["task"] == "gender" and f["metric"] == "accuracy" for f in result["figures"])
+    with pytest.raises(ValueError, match="is a llama"):
+        llama = tmp_path / "llama"
+        llama.mkdir()
+        (llama / "config.json").write_text('{"model_type": "llama"}')
+        evaluate(str(llama), [data], tmp_path / "no")

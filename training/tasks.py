@@ -198,18 +198,28 @@ def text_twin(messages: list[dict]) -> list[dict]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def parse_label(reply: str, choices: Iterable[str]) -> str | None:
-    """The one label that a reply names, by itself or a synonym (`prompts.yaml`); `None` ("unparsed") if it names none,
-    several, or denies it."""
-    found = set()
+# What each attribute is called: "high pitch" says nothing about the energy.
+_NOUNS = {
+    "gender": "gender|sex",
+    "pitch": "pitch(?:ed)?",
+    "tempo": "tempo|speed|pace|rate",
+    "energy": "energy|volume|loudness",
+    "emotion": "emotions?|feelings?|mood",
+}
+_DENIED = re.compile(r"(\bnot|n't|\bneither|\bnor|\brather than|\binstead of)\s+(\w+\s+)?$")
+
+
+def parse_label(reply: str, choices: Iterable[str], task: str | None = None) -> str | None:
+    """The one label that a reply names, by itself or a synonym (`prompts.yaml`); `None` ("unparsed") if it names none or
+    several. Labels that are denied, or said of another attribute than the `task`'s, do not count."""
+    others = "|".join(nouns for name, nouns in _NOUNS.items() if task is not None and name != task)
+    behind = rf"(?!\w|[ -](?:{others})\b)" if others else r"(?!\w)"
+    found, text = set(), reply.lower()
     for label in choices:
         names = "|".join(re.escape(name) for name in (label, *PROMPTS["synonyms"].get(label, ())))
-        for match in re.finditer(rf"(?<![\w-])(?:{names})(?![\w]|-(?!pitch|energy|tempo))", reply.lower()):
-            if re.search(
-                r"(\bnot|n't|\bneither|\bnor|\brather than|\binstead of)\s+(\w+\s+)?$", reply.lower()[: match.start()]
-            ):
-                return None
-            found.add(label)
+        for match in re.finditer(rf"(?<![\w-])(?:{names}){behind}(?!-(?!pitch|energy|tempo))", text):
+            if not _DENIED.search(text[: match.start()]):
+                found.add(label)
     return found.pop() if len(found) == 1 else None
 
 

@@ -71,18 +71,16 @@ def evaluate(
         "split": split,
         "seed": seed,
         "limit": limit,
-        "data": [Path(t).name for t in tables],
+        "data": {Path(t).name: hashlib.sha256(Path(t).read_bytes()).hexdigest()[:16] for t in tables},
         "asset": ASSET["version"],
         "thresholds": getattr(local and local.model.config, "attribute_thresholds", None),
     }
-    _keep_to(out, setup)
     borders = Thresholds(**setup["thresholds"]) if setup["thresholds"] else None
     table = [relabel(row, borders) for row in table]
     rows = [row for row in table if row["split"] == split]
     if not rows:
         raise ValueError(f"{', '.join(tables)}: no row of the split {split!r}.")
-    if any(row["corpus"] == "tess" for row in rows):
-        rows = [row for row in rows if row["corpus"] != "tess"]
+    _keep_to(out, setup)
     journal = Journal(out / "replies.jsonl")
     bench = Bench(
         rows,
@@ -103,13 +101,16 @@ def evaluate(
         queries = SUITES[suite](bench)
         print(f"{suite}: {len(queries):,} queries", flush=True)
         records[suite] = list(_answer(system, queries, journal))
+        if len(records[suite]) < len(queries):
+            bench.notes.append(f"{suite}: {len(queries) - len(records[suite]):,} of {len(queries):,} have no reply.")
         if local is not None:
             records[suite] += _beside(local, suite, queries, table, bench)
         if suite == "conversation":
             known = {(q.row["corpus"], q.row["id"]): q.row for q in queries}
             for each in judges:
                 asked = [r for r in records[suite] if "prompt" in r]
-                records[suite] += judge(load_judge(each), asked, known, Journal(out / "judges.jsonl"), seed)
+                loaded = load_judge(each, **{n: options[n] for n in ("dtype", "device") if n in options})
+                records[suite] += judge(loaded, asked, known, Journal(out / "judges.jsonl"), seed)
             if not list(judges):
                 bench.notes.append("conversation: no --judge was named, so the replies are not scored.")
         if not records[suite]:
@@ -144,14 +145,15 @@ def _answer(system: System, queries: list[Query], journal: Journal) -> Iterable[
                 group = {}
         journal.add(group)
     for query in queries:
-        yield record(query, journal.values[query.key], system.prompt(query))
+        if query.key in journal.values:
+            yield record(query, journal.values[query.key], system.prompt(query))
 
 
 def _beside(system: Checkpoint, suite: str, queries: list[Query], table: list[dict], bench: Bench) -> list[dict]:
     """What stands beside the replies: what the branches hear before the LLM, Whisper's decoder, linear probes."""
     found = []
-    clips = {q.row["id"]: q.row for q in queries if q.row["audio"] and q.condition == "P&L"}
-    level = {q.row["id"]: q.row for q in queries if q.condition == "P&L" + EQUAL}
+    clips = {(q.row["corpus"], q.row["id"]): q.row for q in queries if q.row["audio"] and q.condition == "P&L"}
+    level = {(q.row["corpus"], q.row["id"]): q.row for q in queries if q.condition == "P&L" + EQUAL}
     if suite in ("asr", "attributes") and clips:
         found += direct(list(clips.values()), system.hear(list(clips.values())), suite)
         if level:

@@ -187,8 +187,9 @@ def judge(
         owner[record["corpus"], record["id"]] = record
     names = sorted(talks)
     for place, name in enumerate(names):
-        first = next(iter(talks[names[(place + 1) % len(names)]].values()))
-        talks[name] |= dict(zip(CONTROLS, (first, EMPTY), strict=True))
+        if len(names) > 1:
+            talks[name][CONTROLS[0]] = next(iter(talks[names[(place + 1) % len(names)]].values()))
+        talks[name][CONTROLS[1]] = EMPTY
     jobs = []
     for scale, about in ASSET["judges"].items():
         for name in names:
@@ -201,19 +202,23 @@ def judge(
                 key = f"{judge.name}/{ASSET['version']}/{scale}/{'/'.join(name)}/{'|'.join(group)}"
                 jobs.append((key, scale, name, group, prompt_for(about, talk, numbered)))
     scores: dict[str, dict | None] = {}
+
+    def read(attempt: int) -> None:
+        for key, scale, _, group, _ in jobs:
+            if scores.get(key) is None:
+                answer = journal.values.get(f"{key}#{attempt}")
+                scores[key] = parse_scores(answer, ASSET["judges"][scale], [str(n + 1) for n in range(len(group))])
+
     for attempt in range(ATTEMPTS):
-        todo = [j for j in jobs if scores.get(j[0]) is None and f"{j[0]}#{attempt}" not in journal.values]
+        read(attempt)  # what an earlier run was told
+    for attempt in range(ATTEMPTS):
+        todo = [j for j in jobs if scores[j[0]] is None and f"{j[0]}#{attempt}" not in journal.values]
         for start in tqdm(range(0, len(todo), batch_size), desc=f"judge, attempt {attempt + 1}", unit=" batches"):
             part = todo[start : start + batch_size]
             answers = judge.complete([job[4] for job in part], seed=attempt)
             answered = {f"{j[0]}#{attempt}": a for j, a in zip(part, answers, strict=True) if a is not None}
             journal.add(answered)  # what did not come is asked for again by the next run
-        for key, scale, _, group, _ in jobs:
-            if scores.get(key) is None:
-                answer = journal.values.get(f"{key}#{attempt}")
-                scores[key] = parse_scores(answer, ASSET["judges"][scale], [str(n + 1) for n in range(len(group))])
-        if all(value is not None for value in scores.values()):
-            break
+        read(attempt)
     found = []
     for key, scale, name, group, _ in jobs:
         for number, condition in enumerate(group, 1):

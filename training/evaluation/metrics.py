@@ -54,7 +54,8 @@ def score(sample: Sample, reply: str, transcript: str | None = None) -> dict:
         errors, words = word_errors(transcript, heard)
         return {"said": transcript, "heard": heard, "errors": errors, "words": words}
     if sample.choices:
-        return {"label": sample.label, "parsed": parse_label(reply, sample.choices), "choices": sorted(sample.choices)}
+        parsed = parse_label(reply, sample.choices, sample.task)
+        return {"label": sample.label, "parsed": parsed, "choices": sorted(sample.choices)}
     return {}
 
 

@@ -56,7 +56,9 @@ def tallies_of(records: list[dict]) -> dict[str, tuple[np.ndarray, metrics.Figur
             metrics.ratio,
         )
         if "errors" in first.get("other", {}):
-            count = stack(lambda g: np.array([sum(r["other"]["errors"] for r in g), sum(r["words"] for r in g)]))
+            count = stack(
+                lambda g: np.array([sum(r["other"]["errors"] for r in g), sum(r["other"]["words"] for r in g)])
+            )
             found["WER against the other clip"] = (count, metrics.ratio)
     elif "label" in first:
         labels = sorted({label for record in records for label in record["choices"]})
@@ -71,7 +73,10 @@ def tallies_of(records: list[dict]) -> dict[str, tuple[np.ndarray, metrics.Figur
         if any(r.get("other", {}).get("label") for r in records):
             count = stack(
                 lambda g: np.array(
-                    [sum(r["parsed"] == r["other"]["label"] for r in g), sum(bool(r["other"]["label"]) for r in g)]
+                    [
+                        sum(r["parsed"] == r["other"]["label"] is not None for r in g),
+                        sum(r["other"]["label"] is not None for r in g),
+                    ]
                 )
             )
             found["names the other clip's label"] = (count, metrics.ratio)
@@ -93,7 +98,8 @@ def figures_of(records: list[dict]) -> list[dict]:
             low, high = metrics.bootstrap(tally, figure) or (None, None)
             place = {"suite": suite, "corpus": corpus, "task": task, "condition": condition, "judge": judge}
             counts = {"samples": len(group), "speakers": len(tally)}
-            result.append(place | {"metric": metric, "value": value, "low": low, "high": high} | counts)
+            if np.isfinite(value):  # a judge of whom nothing could be read has no figure
+                result.append(place | {"metric": metric, "value": value, "low": low, "high": high} | counts)
     return result
 
 
@@ -138,7 +144,11 @@ def warnings_of(records: list[dict], figures: list[dict]) -> list[str]:
             found.append(f"{where}: a word error rate of {percent(figure['value'])}; the words are not heard.")
         if metric == "WER" and condition == "P only":
             other = value.get((suite, corpus, task, "L only", None, "WER"))
-            if other and figure["samples"] >= 10 and (figure["high"] or 1.0) < other["value"]:
+            if (
+                other
+                and figure["samples"] >= 10
+                and (1.0 if figure["high"] is None else figure["high"]) < other["value"]
+            ):
                 found.append(f"{where}: the words come through the paralinguistic branch (L only is worse).")
         if condition == "swap" and metric == "names the other clip's label":
             own = value[suite, corpus, task, "swap", None, "accuracy"]["value"]
@@ -152,6 +162,10 @@ def warnings_of(records: list[dict], figures: list[dict]) -> list[str]:
             if figure["samples"] >= 10 and figure["value"] < own:
                 found.append(f"{where}: the transcript follows the clip of the voice, not of the words.")
     for (suite, corpus, task, condition, *_), group in groups_of(records).items():
+        if condition.split(",")[0] not in HEARING and (condition, task) != ("L only", "asr"):
+            continue  # who hears nothing may well say the same each time
+        if condition == "P only" and task == "asr":
+            continue
         named = [r["parsed"] for r in group if r.get("parsed") is not None] if "label" in group[0] else []
         labels = {r["label"] for r in group} if named else set()
         if len(named) >= 10 and len(set(named)) == 1 and len(labels) > 1:
@@ -324,6 +338,7 @@ def write_card(folder: Path, report: dict) -> None:
                     task_name=figure["task"],
                     dataset_type=figure["corpus"],
                     dataset_name=f"{figure['corpus']} ({report['setup']['split']} speakers), {figure['task']}",
+                    dataset_config=figure["task"],  # else the results of one data set are merged
                     dataset_split=report["setup"]["split"],
                     metric_type="wer" if figure["metric"] == "WER" else figure["metric"].replace(" ", "_"),
                     metric_name=f"{figure['metric']} %, {figure['condition']}",
@@ -498,7 +513,9 @@ def write_report(folder: Path, report: dict, records: list[dict]) -> None:
 
 def read_records(folder: Path) -> list[dict]:
     """All records of an evaluation."""
-    paths = sorted(Path(folder).glob("*.jsonl"))
+    from .suites import SUITES, output
+
+    paths = [path for suite in SUITES if (path := output(Path(folder), suite)).is_file()]
     if not paths or not (Path(folder) / "report.json").is_file():
         raise FileNotFoundError(f"{folder} holds no finished evaluation (report.json and one .jsonl a suite).")
     return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]

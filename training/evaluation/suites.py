@@ -20,7 +20,7 @@ import yaml
 from ..attributes import MEASURED, Thresholds, classify
 from ..backbones import ASSETS
 from ..corpora.schema import share
-from ..tasks import ATTRIBUTES, Sample, make_sample, tasks_of
+from ..tasks import ATTRIBUTES, Sample, make_sample, parse_transcript, tasks_of
 from .metrics import score, word_errors
 from .systems import CONDITIONS, Query
 
@@ -210,7 +210,7 @@ def disentanglement(bench: Bench) -> list[Query]:
 
 
 def _differs(a: dict, b: dict, task: str) -> bool:
-    return normal(a) != normal(b) if task == "asr" else a[task] != b[task]
+    return normal(a) != normal(b) if task == "asr" else a[task] not in (None, b[task])
 
 
 def normal(row: dict) -> str:
@@ -299,8 +299,8 @@ def record(query: Query, reply: str, prompt: str) -> dict:
         other = row if sample.choices else voice
         kept["other"] = {"id": other["id"], "label": other.get(sample.task), "transcript": other["transcript"]}
         if sample.task == "asr":
-            errors, _ = word_errors(other["transcript"], reply)
-            kept["other"]["errors"] = errors
+            errors, words = word_errors(other["transcript"], parse_transcript(reply))
+            kept["other"] |= {"errors": errors, "words": words}
     if sample.task in ("fact", "instruction"):
         flags = re.IGNORECASE if sample.task == "fact" else 0
         return kept | {"value": float(bool(re.search(sample.target, reply, flags))), "wanted": sample.target}

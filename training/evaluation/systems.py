@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
+from ...processing_dual_slm import SOURCES
 from ..backbones import transcriber
 from ..features import FeatureStore, load_row, pad_frames
 from ..tasks import Sample
@@ -72,7 +73,7 @@ class System(Protocol):
     conditions: tuple[str, ...]  # that it can be asked under
 
     def reply(self, queries: list[Query]) -> Iterator[tuple[Query, str]]:
-        """Each query with its reply, in any order, as they are ready."""
+        """Each query with its reply, in any order, as they are ready; a query may be left out."""
 
 
 class Checkpoint:
@@ -164,15 +165,28 @@ class Checkpoint:
         return [*earlier, turn | {"content": content}]
 
     def prompt(self, query: Query) -> str:
-        """What the LLM is given, with `<|audio|>` for what the adapters say."""
-        return self.processor.apply_chat_template(query.sample.messages, add_generation_prompt=True)
+        """What the LLM is given: text as text, and `<|audio|>` for what the adapters say."""
+        sources = dict(zip(SOURCES, query.sources(), strict=True))
+        *earlier, turn = query.sample.messages
+        content = []
+        for part in turn["content"]:
+            if part["type"] == "audio":
+                said = [part[name] if name in ("caption", "transcript") else "" for name in sources.values()]
+                if "speech" in sources.values():
+                    said.insert(0 if sources["paralinguistic"] == "speech" else 1, "\0")
+                part = {"type": "text", "text": " ".join(text for text in said if text)}
+            content.append(part)
+        text = self.processor.apply_chat_template([*earlier, turn | {"content": content}], add_generation_prompt=True)
+        return text.replace("\0", "<|audio|>")
 
 
 class Replies:
     """Replies of any other system, as JSON Lines: `id`, `task`, `reply`, and `corpus` where ids of corpora collide.
 
+    What the file does not answer is not asked.
+
     Raises:
-        ValueError: a line without these, or a query that the file does not answer.
+        ValueError: a line without these.
     """
 
     def __init__(self, path: str | Path):
@@ -197,9 +211,8 @@ class Replies:
             found = None
             for corpus in (query.row["corpus"], None):
                 found = self.replies.get((query.row["id"], query.sample.task, corpus), found)
-            if found is None:
-                raise ValueError(f"{self.name} has no reply of task {query.sample.task} to {query.row['id']}.")
-            yield query, found
+            if found is not None and query.condition == "P&L":
+                yield query, found
 
     def prompt(self, query: Query) -> str:
         return ""

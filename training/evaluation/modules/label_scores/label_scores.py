@@ -12,6 +12,7 @@ Args:
     predictions: list of replies ("The speaker sounds sad.").
     references: list of labels.
     labels: the choices; default: those of the references.
+    task: gender, pitch, tempo, energy or emotion, so that labels of other attributes in a reply do not count.
 Returns:
     accuracy (weighted accuracy, WA), unweighted_accuracy (UA), macro_f1, weighted_f1, unparsed.
 """
@@ -25,10 +26,14 @@ class LabelScores(evaluate.Metric):
         )
 
     def _compute(
-        self, predictions: list[str], references: list[str], labels: list[str] | None = None
+        self,
+        predictions: list[str],
+        references: list[str],
+        labels: list[str] | None = None,
+        task: str | None = None,
     ) -> dict[str, float]:
         labels = sorted(labels or set(references))
-        parsed = [parse_label(reply, labels) for reply in predictions]
+        parsed = [parse_label(reply, labels, task) for reply in predictions]
         matrix = metrics.confusion(zip(references, parsed, strict=True), labels)
         figures = metrics.LABEL_FIGURES | {"weighted F1": metrics.weighted_f1}
         return {name.replace(" ", "_").lower(): float(figure(matrix)) for name, figure in figures.items()}
