@@ -296,6 +296,22 @@ def _client_pipelines(clips: list[str], clip_url: str) -> dict:
     return result
 
 
+def _client_push_lora(clips: list[str]) -> dict:
+    from test_emosllm import emosllm
+
+    model, processor = emosllm(BACKBONES)
+    for thing in (model, processor):
+        thing.push_to_hub("me/emosllm")
+    return answers(model, processor, clips)
+
+
+def _client_load_lora(clips: list[str]) -> dict:
+    from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    model = AutoModelForMultimodalLM.from_pretrained("me/emosllm", trust_remote_code=True)
+    return answers(model, AutoProcessor.from_pretrained("me/emosllm", trust_remote_code=True), clips)
+
+
 def outcome(load: Callable, *args, **options) -> str:
     try:
         load(*args, **options)
@@ -473,6 +489,16 @@ def test_the_push_command_uploads_model_processor_and_card(hub, folder, clips, p
     assert {"config.json", "model.safetensors", "processor_config.json", "README.md", *MODULES} <= set(result["files"])
     assert result["card"].strip() == CARD.strip()
     assert_same_answers(result, pushed["warm"]["main"])
+
+
+def test_lora_goes_to_the_hub_and_back_with_the_adapters(hub, folder, clips, pushed):
+    sent = in_fresh_process(_client_push_lora, folder, hub.url, package=True, clips=clips)
+    files = hub.repos["me/emosllm"].files()
+    assert any(".lora_B." in name for name in load(files["model.safetensors"]))
+    assert not [
+        name for name in files if name.startswith("adapter_")
+    ]  # else it would be taken for a repository of peft's
+    assert_same_answers(in_fresh_process(_client_load_lora, folder, hub.url, clips=clips), sent)
 
 
 def test_pipelines(hub, folder, clips, pushed):
