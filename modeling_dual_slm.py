@@ -73,6 +73,20 @@ def _length_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
+def _transformer_layers(config: DualSLMConfig, width: int, norm_first: bool = False) -> nn.ModuleList:
+    return nn.ModuleList(
+        nn.TransformerEncoderLayer(
+            width,
+            config.paralinguistic_num_heads,
+            dim_feedforward=config.paralinguistic_intermediate_size or 4 * width,
+            dropout=config.paralinguistic_dropout,
+            batch_first=True,
+            norm_first=norm_first,
+        )
+        for _ in range(config.paralinguistic_num_layers)
+    )
+
+
 class ParalinguisticAdapter(nn.Module):
     """How it is said: a whole utterance -> N embeddings (section III-A, eq. 4).
 
@@ -84,16 +98,7 @@ class ParalinguisticAdapter(nn.Module):
         super().__init__()
         self.num_tokens, self.pooling = config.num_paralinguistic_tokens, config.paralinguistic_pooling
         width, out = config.audio_hidden_size, config.text_config.hidden_size
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width,
-                config.paralinguistic_num_heads,
-                dim_feedforward=config.paralinguistic_intermediate_size or 4 * width,
-                dropout=config.paralinguistic_dropout,
-                batch_first=True,
-            )
-            for _ in range(config.paralinguistic_num_layers)
-        )
+        self.layers = _transformer_layers(config, width)
         self.layer_weights = None
         if config.paralinguistic_layer_mix:  # softmax over L
             mixtures = self.num_tokens if self.pooling == "statistics" else 1
@@ -192,17 +197,7 @@ class QueryAdapter(nn.Module):
         self.norm = nn.LayerNorm(config.audio_hidden_size)
         self.input = nn.Linear(config.audio_hidden_size, width)
         self.queries = nn.Parameter(torch.zeros(config.num_paralinguistic_tokens, width))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width,
-                config.paralinguistic_num_heads,
-                dim_feedforward=config.paralinguistic_intermediate_size or 4 * width,
-                dropout=config.paralinguistic_dropout,
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(config.paralinguistic_num_layers)
-        )
+        self.layers = _transformer_layers(config, width, norm_first=True)
         self.output = nn.Linear(width, config.text_config.hidden_size)
 
     def forward(
