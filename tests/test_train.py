@@ -495,7 +495,7 @@ def test_every_recipe_of_the_package_is_sound():
         (["stages.0.lerning_rate=1e-4"], "no key 'lerning_rate'; did you mean 'learning_rate'"),
         (["stages.9.learning_rate=1e-4"], "'9' is none of the 3 stages"),
         (["train.batch_size=many"], "batch_size is 'many'"),
-        (["model.adapters=paper"], "warm_start.enabled needs model.adapters: warm_start"),
+        (["model.adapters=paper"], "warm_start.enabled needs other model.adapters"),
         (["stages.0.err_stage=second"], "it must be one of joint, disentangle, holistic"),
         (["stages.0.objective=mse"], "it must be one of ce, kl, ce"),
         (["data.synthesise_hours=0"], "data.tables is empty"),

@@ -55,7 +55,7 @@ class DataRecipe:
 
 @dataclass
 class WarmStartRecipe:
-    """Stage 0, without the LLM. Needs `adapters: warm_start`."""
+    """Stage 0, without the LLM: words and captions of the `warm_start` adapters, labels of the `emosllm` one."""
 
     enabled: bool = True
     pieces: list[int] = field(default_factory=lambda: [2379, 9085])
@@ -226,10 +226,8 @@ def _check(recipe: Recipe, where: str) -> None:
     for name, (value, known) in choices.items():
         if value not in known:
             faults.append(f"{name} is {value!r}; it must be one of {', '.join(known)}")
-    if recipe.warm_start.enabled and recipe.model.adapters != "warm_start":
-        faults.append(
-            "warm_start.enabled needs model.adapters: warm_start (the paper's adapters have no pieces to spell)"
-        )
+    if recipe.warm_start.enabled and recipe.model.adapters == "paper":
+        faults.append("warm_start.enabled needs other model.adapters than the paper's, which have no pieces to spell")
     if len(recipe.warm_start.pieces) != len(recipe.warm_start.steps):
         faults.append("warm_start.pieces and warm_start.steps are not equally long")
     if len({stage.name for stage in recipe.stages}) < len(recipe.stages) or not all(s.name for s in recipe.stages):

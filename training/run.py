@@ -47,7 +47,15 @@ from .trainer import (
     positions_floor,
     with_stage_sources,
 )
-from .warm_start import Speller, caption_targets, normalize, train_linguistic, train_paralinguistic
+from .warm_start import (
+    Speller,
+    caption_targets,
+    normalize,
+    read_labels,
+    train_linguistic,
+    train_paralinguistic,
+    train_queries,
+)
 
 CAPTION_TEMPLATE = "({gender} voice, {pitch} pitch, {tempo} tempo, {energy} energy, {emotion} emotion)"
 ATTRIBUTE_LABELS = {
@@ -243,8 +251,22 @@ def slot_accuracy(model, store: FeatureStore, rows: list[dict], processor: DualS
 
 
 def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureStore, data: Data) -> list[dict]:
-    """Stage 0: both adapters without the LLM."""
+    """Stage 0: the adapters without the LLM."""
     about, seed, log = recipe.warm_start, recipe.train.seed, []
+    if model.config.paralinguistic_adapter_type == "query":
+        labels = processor.attribute_labels
+        return train_queries(
+            model,
+            store,
+            [row for row in data.train if any(row[name] in labels[name] for name in labels)],
+            processor,
+            about.caption_steps,
+            about.learning_rate,
+            seed=seed,
+            evaluate=lambda _: read_labels(model, store, data.validation, processor),
+            evaluate_every=min(100, max(1, about.caption_steps // 3)),
+            checkpoint=folder / "queries.pt",
+        )
     spoken = [row for row in data.train if row["transcript"]]
     heard = [row for row in data.validation if row["transcript"] and row["corpus"] != "ravdess"][:64]
     words = training_texts(data.train)

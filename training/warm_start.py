@@ -318,3 +318,85 @@ def train_paralinguistic(
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=weight_decay)
     about = {"stage": "paralinguistic"}
     return _descend(adapter, optimizer, loss, steps, 50, about, seed, evaluate, evaluate_every, checkpoint)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Query adapter: labels
+# --------------------------------------------------------------------------------------------------------------------
+
+
+LABEL_SCALE = 10.0  # as soft tokens start: embedding rows are short
+
+
+def label_rows(model: DualSLMForConditionalGeneration, processor: DualSLMProcessor) -> dict[str, torch.Tensor]:
+    """Attribute -> (labels, D): each label as the mean of the LLM's embedding rows of its tokens."""
+    weight, tokenizer = model.get_input_embeddings().weight.detach().float(), processor.tokenizer
+    return {
+        name: torch.stack(
+            [weight[tokenizer(f" {text}", add_special_tokens=False)["input_ids"]].mean(0) for text in labels]
+        )
+        for name, labels in processor.attribute_labels.items()
+    }
+
+
+def read_labels(model, store: FeatureStore, rows: list[dict], processor, batch_size: int = 40) -> dict[str, float]:
+    """Accuracy of each attribute by the label whose row is nearest to the mean output: what training is watched by."""
+    anchors, figures = label_rows(model, processor), {}
+    for name, labels in processor.attribute_labels.items():
+        known, right = [row for row in rows if row[name] in labels], 0
+        for start in range(0, len(known), batch_size):
+            part = known[start : start + batch_size]
+            with torch.inference_mode():
+                outputs, _ = model.paralinguistic_adapter(*_layers(store, part))
+            best = (outputs.mean(1) @ anchors[name].T).argmax(-1)
+            right += sum(labels[i] == row[name] for i, row in zip(best.tolist(), part, strict=True))
+        if known:
+            figures[name] = round(right / len(known), 4)
+    return figures
+
+
+def _layers(store: FeatureStore, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    frames = [store.get(row) for row in rows]
+    return pad_frames([f if store.all_layers else f[None] for f in frames])
+
+
+def train_queries(
+    model: DualSLMForConditionalGeneration,
+    store: FeatureStore,
+    rows: list[dict],
+    processor: DualSLMProcessor,
+    steps: int,
+    learning_rate: float = 5e-4,
+    batch_size: int = 32,
+    weight_decay: float = 0.05,
+    seed: int = 0,
+    evaluate: Callable[[int], dict] | None = None,
+    evaluate_every: int = 100,
+    checkpoint: Path | None = None,
+) -> list[dict]:
+    """Cross entropy of the query adapter's mean output over the labels' own embedding rows; the LLM never runs.
+
+    What the adapter says of a voice then lies where the LLM has the word for it, so that LoRA has little left to learn.
+    """
+    adapter, anchors = model.paralinguistic_adapter, label_rows(model, processor)
+    labels = processor.attribute_labels
+    targets = {n: torch.tensor([l.index(r[n]) if r[n] in l else -100 for r in rows]) for n, l in labels.items()}  # noqa: E741
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        batch = torch.randint(0, len(rows), (batch_size,), generator=generator)
+        states, lengths = _layers(store, [rows[i] for i in batch])
+        size = states.shape
+        states = mask_frames(states.transpose(1, 2).flatten(2), lengths, generator)  # the same frames of all layers
+        states = states.unflatten(2, (size[1], size[3])).transpose(1, 2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs, _ = adapter(states, lengths)
+        mean, total = outputs.float().mean(1), torch.zeros(())
+        for name, rows_of in anchors.items():
+            if (targets[name][batch] != -100).any():
+                logits = LABEL_SCALE * (mean @ rows_of.T)
+                total = total + nn.functional.cross_entropy(logits, targets[name][batch], label_smoothing=0.05)
+        return total
+
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    about = {"stage": "queries"}
+    return _descend(adapter, optimizer, loss, steps, 50, about, seed, evaluate, evaluate_every, checkpoint)
