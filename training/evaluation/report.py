@@ -457,7 +457,7 @@ def draw(figures: list[dict]) -> bytes | None:
 def page(report: dict, records: list[dict], examples: int = 4) -> str:
     """One self-contained page."""
     setup = report["setup"]
-    name = Path(setup["system"]).name
+    name = "/".join(Path(setup["system"]).parts[-2:])
     parts = [f"<h1>{html.escape(name)}</h1>"]
     about = f"{setup['split']} split, seed {setup['seed']}, {setup['date']}, {report['seconds']:.0f} s; data: "
     parts.append(
