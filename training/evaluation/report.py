@@ -18,6 +18,7 @@ from . import metrics
 PERCENT = {"WER", "accuracy", "unweighted accuracy", "macro F1", "weighted F1", "unparsed", "majority class", "share"}
 PERCENT |= {"names the other clip's label", "WER against the other clip", "calibration error"}
 HEADLINE = ("WER", "accuracy", "share")
+CARD_WARNINGS = 8
 HEARING = ("P&L", "P only", "heard")  # conditions that must beat the most frequent label
 
 
@@ -349,7 +350,11 @@ def write_card(folder: Path, report: dict) -> None:
     card.data = ModelCardData(**known, model_name=folder.resolve().name, eval_results=results)
     start, end = "<!-- evaluation: written by dual-slm evaluate -->", "<!-- end of evaluation -->"
     section = [start, markdown(report["figures"]), ""]
-    section += [f"- {warning}" for warning in report["warnings"]] + [end]
+    shown = report["warnings"][:CARD_WARNINGS]
+    section += [f"- {warning}" for warning in shown]
+    if len(report["warnings"]) > len(shown):
+        section.append(f"- and {len(report['warnings']) - len(shown)} more warnings in the report.")
+    section.append(end)
     text = card.text
     if start in text and end in text:
         text = text[: text.index(start)] + "\n".join(section) + text[text.index(end) + len(end) :]
