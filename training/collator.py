@@ -6,7 +6,7 @@ import torch
 
 from ..processing_dual_slm import DualSLMProcessor
 from .err import Sources
-from .features import FeatureStore, pad_frames
+from .features import FeatureStore
 from .tasks import TASKS, Sample
 from .warm_start import Speller, caption_targets
 
@@ -117,17 +117,15 @@ class TrainingCollator(DualSLMCollator):
             `audio_branches` and `audio_trained` (A, 2) in place of the log-mel, `task_ids` (B,), and where asked for
             `ctc_labels` (A, U), `caption_labels` (A, N), `teacher_ids` and `teacher_log_probs` (targets, k).
         """
-        frames, pooled, branches, samples = [], [], [], []
+        pooled, branches, samples = [], [], []
         for item in items:
             heard = [source == "speech" for source in item.sources[:2]]
             branches.append(heard)
-            real = self.store.get(item.row)
-            frames.append(real if self.store.all_layers else real[None])
             if self.store.pools:
                 pooled.append(self.store.get(item.row, "pooled"))
-            samples.append(self._with_sources(item, real.shape[-2]))
+            samples.append(self._with_sources(item, self.store.length(item.row)))
         batch = super().__call__(samples)
-        states, lengths = pad_frames(frames)
+        states, lengths = self.store.batch([item.row for item in items])
         batch |= {"audio_states": states, "audio_lengths": lengths, "audio_branches": torch.tensor(branches).long()}
         batch["audio_trained"] = torch.tensor([item.sources[2:] for item in items])
         batch["task_ids"] = torch.tensor([TASKS.index(item.sample.task) for item in items])

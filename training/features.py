@@ -227,6 +227,11 @@ class FeatureStore:
             tensor = tensor * shard.get_tensor(f"{clip}.scale")
         return tensor
 
+    def batch(self, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A, L, T, C) states and (A,) lengths of the rows' clips, as `encode_audio` gives them."""
+        frames = [self.get(row) for row in rows]
+        return pad_frames([f if self.all_layers else f[None] for f in frames])
+
     def length(self, row: dict) -> int:
         """Frames of a row's clip."""
         clip = self.key(row)

@@ -41,9 +41,13 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value) -> None:
+def write_text(path: Path, text: str) -> None:
     """Atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -347,18 +347,13 @@ def read_labels(model, store: FeatureStore, rows: list[dict], processor, batch_s
         for start in range(0, len(known), batch_size):
             part = known[start : start + batch_size]
             with torch.inference_mode():
-                outputs, _ = model.paralinguistic_adapter(*_layers(store, part))
+                outputs, _ = model.paralinguistic_adapter(*store.batch(part))
             mean = outputs[:, place :: len(anchors)].mean(1)
             best = (mean @ anchors[name].T).argmax(-1)
             right += sum(labels[i] == row[name] for i, row in zip(best.tolist(), part, strict=True))
         if known:
             figures[name] = round(right / len(known), 4)
     return figures
-
-
-def _layers(store: FeatureStore, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    frames = [store.get(row) for row in rows]
-    return pad_frames([f if store.all_layers else f[None] for f in frames])
 
 
 def train_queries(
@@ -389,7 +384,7 @@ def train_queries(
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         batch = torch.randint(0, len(rows), (batch_size,), generator=generator)
-        states, lengths = _layers(store, [rows[i] for i in batch])
+        states, lengths = store.batch([rows[i] for i in batch])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs = adapter.read(mask_frames(adapter.mix(states), lengths, generator), lengths)
         total = torch.zeros(())

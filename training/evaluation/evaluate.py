@@ -17,7 +17,7 @@ from pathlib import Path
 from ...modeling_dual_slm import resolve_backbone
 from ..attributes import Thresholds
 from ..corpora.schema import read_table
-from ..journal import Journal, write_json
+from ..journal import Journal, write_json, write_text
 from ..tasks import label_sets
 from . import report as reports
 from .judges import judge, load_judge
@@ -115,7 +115,8 @@ def evaluate(
                 bench.notes.append("conversation: no --judge was named, so the replies are not scored.")
         if not records[suite]:
             bench.notes.append(f"{suite}: no row of {', '.join(setup['data'])} has anything to ask.")
-        _write_lines(output(out, suite), records[suite])
+        lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in records[suite])
+        write_text(output(out, suite), "".join(lines))
     everything = [entry for suite in chosen for entry in records[suite]]
     figures = reports.figures_of(everything)
     result = {
@@ -240,12 +241,6 @@ def _keep_to(out: Path, setup: dict) -> None:
             shown = "; ".join(f"{n}: {known.get(n)!r} there, {setup[n]!r} here" for n in other[:3])
             raise ValueError(f"{out} holds another evaluation ({shown}). Name another --out.")
     write_json(kept, setup)
-
-
-def _write_lines(path: Path, records: list[dict]) -> None:
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    scratch.replace(path)
 
 
 def compared(first: str | Path, second: str | Path) -> str:

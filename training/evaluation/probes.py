@@ -58,7 +58,8 @@ def probe(system: Checkpoint, train: list[dict], test: list[dict], suite: str, s
         for corpus, target in targets(train):
             column = "transcript" if target == "sentence" else target
             fit, ask = ([r for r in side if r["corpus"] == corpus and r[column]] for side in (train, test))
-            ask = [row for row in ask if row[column] in {r[column] for r in fit}]
+            choices = sorted({row[column] for row in fit})
+            ask = [row for row in ask if row[column] in choices]
             if not ask:
                 continue
             features = np.stack([known[id(row)] for row in fit])
@@ -71,5 +72,4 @@ def probe(system: Checkpoint, train: list[dict], test: list[dict], suite: str, s
                 record = {"suite": suite, "condition": f"linear probe of the {source}", "task": target}
                 record |= {"corpus": corpus, "id": row["id"], "speaker": row["speaker"] or row["id"]}
                 record |= {"gender": row["gender"], "audio": row["audio"], "reply": str(answer)}
-                choices = sorted({r[column] for r in fit})
                 yield record | {"label": row[column], "parsed": str(answer), "choices": choices}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..backbones import ASSETS
-from ..journal import write_json
+from ..journal import write_json, write_text
 from ..tasks import TASKS
 from . import metrics
 
@@ -329,13 +329,12 @@ def write_card(folder: Path, report: dict) -> None:
     path = folder / "README.md"
     card = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else ModelCard("---\n---\n")
     results = []
-    names = {"asr": "automatic-speech-recognition", "meld": "audio-classification"}
     for figure in report["figures"]:
         wanted = figure["suite"] in ("asr", "attributes", "meld") and figure["condition"] in ("P&L", "heard")
         if wanted and figure["metric"] in ("WER", "accuracy", "unweighted accuracy", "weighted F1"):
             results.append(
                 EvalResult(
-                    task_type=names.get(figure["suite"], "audio-classification"),
+                    task_type="automatic-speech-recognition" if figure["suite"] == "asr" else "audio-classification",
                     task_name=figure["task"],
                     dataset_type=figure["corpus"],
                     dataset_name=f"{figure['corpus']} ({report['setup']['split']} speakers), {figure['task']}",
@@ -445,10 +444,7 @@ def draw(figures: list[dict]) -> bytes | None:
             for f in ours:
                 if (f["corpus"], f["task"], f["condition"]) == (corpus, task, condition):
                     value = max(0.0, 1 - f["value"]) if f["metric"] == "WER" else f["value"]
-                    axis.bar(
-                        place + 0.16 * (number - 2), 100 * value, 0.15, color=f"C{number}",
-                        label=condition if place == 0 else None,
-                    )  # fmt: skip
+                    axis.bar(place + 0.16 * (number - 2), 100 * value, 0.15, color=f"C{number}")
     axis.set_xticks(range(len(tasks)), [f"{task}\n{corpus}" for _, corpus, task in tasks], fontsize=8)
     axis.set(ylabel="% right (asr: 100 - WER)", ylim=(0, 105), title="Which branch carries what")
     handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{n}") for n in range(len(wanted))]
@@ -459,8 +455,8 @@ def draw(figures: list[dict]) -> bytes | None:
     return buffer.getvalue()
 
 
-def page(report: dict, records: list[dict], examples: int = 4) -> str:
-    """One self-contained page."""
+def page(report: dict, records: list[dict], picture: bytes | None, examples: int = 4) -> str:
+    """One self-contained page; `picture` as `draw` gives it."""
     setup = report["setup"]
     name = "/".join(Path(setup["system"]).parts[-2:])
     parts = [f"<h1>{html.escape(name)}</h1>"]
@@ -470,7 +466,6 @@ def page(report: dict, records: list[dict], examples: int = 4) -> str:
     )
     parts += [f"<div class=warning>{html.escape(warning)}</div>" for warning in report["warnings"]]
     parts += [f"<p class=dim>{html.escape(note)}</p>" for note in report["notes"]]
-    picture = draw(report["figures"])
     for suite in report["suites"]:
         parts.append(f"<h2>{html.escape(suite)}</h2>")
         if suite == "disentanglement" and picture:
@@ -510,8 +505,8 @@ def page(report: dict, records: list[dict], examples: int = 4) -> str:
 def write_report(folder: Path, report: dict, records: list[dict]) -> None:
     """report.json, report.html and, of the disentanglement suite, a picture."""
     write_json(folder / "report.json", report)
-    (folder / "report.html").write_text(page(report, records), encoding="utf-8")
     picture = draw(report["figures"])
+    write_text(folder / "report.html", page(report, records, picture))
     if picture:
         (folder / "disentanglement.png").write_bytes(picture)
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ...processing_dual_slm import SOURCES
 from ..backbones import transcriber
-from ..features import FeatureStore, load_row, pad_frames
+from ..features import FeatureStore, load_row
 from ..tasks import Sample
 
 # Condition -> (source of the paralinguistic branch, of the linguistic one). "cascade" is the text that Whisper's own
@@ -101,8 +101,7 @@ class Checkpoint:
         for side, (branch, clips) in enumerate((("paralinguistic", voices), ("linguistic", rows))):
             if not clips:
                 continue
-            frames = [self.store.get(clip) for clip in clips]
-            states, lengths = pad_frames([f if self.store.all_layers else f[None] for f in frames])
+            states, lengths = self.store.batch(clips)
             heard = torch.zeros(len(clips), 2, dtype=torch.long)
             heard[:, side] = 1
             pooled = torch.stack([self.store.get(c, "pooled") for c in clips]) if self.store.pools else None
