@@ -199,7 +199,7 @@ def test_ctc_compression_drops_blanks_and_merges_repeats(warm):
     path = [5, 5, None, 5, 9, 9, None]
     outputs = torch.stack([50 * (blank if i is None else rows[i]) for i in path])
     with torch.no_grad():
-        probabilities, ids = soft.segments(soft.logits(outputs, rows))
+        probabilities, _, ids = soft.segments(soft.logits(outputs, rows), outputs)
         embeds = probabilities @ rows
     assert ids.tolist() == [soft.token_ids[5], soft.token_ids[5], soft.token_ids[9]]
     torch.testing.assert_close(embeds, rows[[5, 5, 9]], atol=1e-3, rtol=1e-3)

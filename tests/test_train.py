@@ -296,6 +296,39 @@ def test_cached_packed_training_has_the_loss_of_the_plain_model(bench):
     assert output.logits.shape[1] < plain["labels"].shape[1]
 
 
+def test_the_prefix_before_the_speech_is_read_without_gradient_and_changes_nothing(bench, monkeypatch):
+    """System prompt and history go through the LLM apart, without a backward pass: the same loss and gradients, and
+    fewer positions in the graph."""
+    model, processor, store, rows = bench
+    long = [{"role": "user", "content": "the quick brown fox"}, {"role": "assistant", "content": "hello yes"}]
+    items = [
+        StageDataset([row | {"history": long * (1 + n % 3)}], stage(tasks={"dialogue": 1}), seed=3)[(0, 0)]
+        for n, row in enumerate(rows[:6])
+    ]
+    batch = TrainingCollator(processor, store)(items)
+    batch.pop("task_ids")
+    seen, gradients, losses = [], [], []
+    layer = model.language_model.model.layers[0]
+    watch = layer.register_forward_hook(
+        lambda m, i, o: seen.append(i[0].shape[1]) if torch.is_grad_enabled() else None
+    )
+    for shortest in (1, 10**6):
+        monkeypatch.setattr(sys.modules[type(model).__module__], "_SHORTEST_PREFIX", shortest)
+        model.zero_grad()
+        output = model(**batch, only_targets=True)
+        loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), output.labels.flatten())
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    watch.remove()
+    model.zero_grad()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(gradients[0]) == len(gradients[1]) > 4
+    for split, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-3)
+    assert seen[0] < seen[1]
+
+
 def test_the_teacher_is_the_frozen_llm_on_the_text_twin(bench):
     """Where both branches come from text, model and teacher see the same: no divergence, with all tokens kept."""
     model, processor, store, rows = bench

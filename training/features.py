@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..processing_dual_slm import DualSLMProcessor, load_audio
+from .attributes import Thresholds, classify
 from .corpora.synthesis import degrade
 
 FRAMES_PER_SECOND = 50
@@ -35,9 +36,29 @@ def load_row(row: dict, sampling_rate: int = 16_000) -> np.ndarray:
         return samples
     import soxr
 
-    rng = np.random.default_rng([row["augment"], *hashlib.sha256(row["id"].encode()).digest()[:8]])
-    samples = soxr.resample(samples, sampling_rate * np.exp(rng.uniform(-0.14, 0.14)), sampling_rate)
+    speed, rng = _speed(row)
+    samples = soxr.resample(samples, sampling_rate * speed, sampling_rate)
     return degrade(samples, rng).astype(np.float32)
+
+
+def _speed(row: dict) -> tuple[float, np.random.Generator]:
+    """How much faster (and higher) an augmented copy is, and the draws of what else is done to it."""
+    rng = np.random.default_rng([row["augment"], *hashlib.sha256(row["id"].encode()).digest()[:8]])
+    return float(np.exp(rng.uniform(-0.14, 0.14))), rng
+
+
+def augmented(row: dict, copy: int, thresholds: Thresholds | None = None) -> dict:
+    """Row of the augmented copy number `copy`: speaker, words and emotion stay; pitch and tempo follow the speed where they
+    were measured and `thresholds` are known; what is not known of it any more (energy, caption) is null."""
+    row = row | {"augment": copy, "caption": None} | dict.fromkeys(("pitch", "tempo", "energy", "energy_rms"))
+    speed = _speed(row)[0]
+    if row["pitch_hz"] is not None:
+        row["pitch_hz"] *= speed
+    if row["seconds_per_word"] is not None:
+        row["seconds_per_word"] /= speed
+    if thresholds is not None:
+        row |= classify({"pitch": row["pitch_hz"], "tempo": row["seconds_per_word"]}, thresholds)
+    return row
 
 
 class _Batches(torch.utils.data.Dataset):
@@ -75,10 +96,10 @@ class FeatureStore:
     def __init__(self, folder: str | Path, config, bits: int = 16):
         if bits not in (8, 16):
             raise ValueError(f"features are kept in 16 or 8 bits, not {bits}.")
-        self.pools = config.paralinguistic_pooling == "statistics" and not config.paralinguistic_num_layers
+        self.pools = config.paralinguistic_pooling != "adaptive" and not config.paralinguistic_num_layers
         self.all_layers = config.paralinguistic_layer_mix and not self.pools
         identity = [config.audio_model_fingerprint, config.encoder_padding, self.pools, self.all_layers]
-        identity += [config.paralinguistic_layer_mix, bits]
+        identity += [config.paralinguistic_layer_mix, bits, config.paralinguistic_pooling]
         self.folder = Path(folder) / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         self.bits, self.width = bits, config.audio_hidden_size
         self.layers = config.audio_num_layers if self.all_layers else 1

@@ -58,10 +58,19 @@ class WarmStartRecipe:
     """Stage 0, without the LLM: words and captions of the `warm_start` adapters, labels of the `emosllm` one."""
 
     enabled: bool = True
+    tables: list[str] = field(
+        default_factory=list, metadata={"help": "more clips with transcripts, for stage 0 alone"}
+    )
     pieces: list[int] = field(default_factory=lambda: [2379, 9085])
     steps: list[int] = field(default_factory=lambda: [500, 1700])
     learning_rate: float = 1e-3
     frames_per_batch: int = 12_000
+    sampled_pieces: int = field(
+        default=0, metadata={"help": "pieces drawn for a sampled softmax beside those that are said; 0: all"}
+    )
+    linguistic_from: str | None = field(
+        default=None, metadata={"help": "a checkpoint whose linguistic adapter stage 0 goes on from"}
+    )
     caption_steps: int = 1_500
 
 
@@ -91,6 +100,9 @@ class StageRecipe:
     )
     balanced: bool = field(default=False, metadata={"help": "draw rows so that emotions are equally frequent"})
     lora_learning_rate: float | None = None
+    residual_learning_rate: float | None = field(
+        default=None, metadata={"help": "of what stands beside the soft tokens (*_soft_residual)"}
+    )
     ctc_share: float = field(default=0.0, metadata={"help": "of the warm start's CTC loss that is kept"})
     caption_share: float = field(default=0.0, metadata={"help": "of the warm start's caption loss that is kept"})
 

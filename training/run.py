@@ -12,7 +12,8 @@ import json
 import os
 import platform
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,17 +28,17 @@ from ..configuration_dual_slm import EMOSLLM_ADAPTERS, WARM_START_ADAPTERS
 from ..modeling_dual_slm import resolve_backbone
 from ..processing_dual_slm import CaptionSlots
 from .alignment import Aligner, AlignmentConfig, align_rows, score_targets
-from .attributes import label_row, measure_rows, tertiles, write_thresholds
+from .attributes import Thresholds, label_row, measure_rows, tertiles, write_thresholds
 from .backbones import BACKBONES, fetch_backbone
 from .collator import DualSLMCollator, Item, TrainingCollator
 from .corpora.folder import read
 from .corpora.schema import Report, check_rows, read_table, write_table
 from .corpora.synthesis import build, read_texts
 from .evaluation.metrics import score
-from .features import FeatureStore
+from .features import FeatureStore, augmented
 from .journal import Journal, write_json
 from .prompts import PROMPTS
-from .recipe import Recipe, StageRecipe
+from .recipe import DataRecipe, Recipe, StageRecipe
 from .tasks import lend_histories, tasks_of
 from .trainer import (
     DualSLMTrainer,
@@ -81,18 +82,22 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
     if about.start_from:
         processor = DualSLMProcessor.from_pretrained(about.start_from)
-        added = {"paralinguistic_soft_residual"}  # starts at zero: the adapters are those of the checkpoint
+        added = {"paralinguistic_soft_residual", "linguistic_soft_residual"}  # start at zero: nothing changes
         if set(about.config) - added:
             raise ValueError(
-                f"model.start_from: the checkpoint has a config of its own; model.config may add {', '.join(added)} alone."
+                "model.start_from: the checkpoint has a config of its own; model.config may add "
+                f"{', '.join(sorted(added))} alone."
             )
         model = DualSLMForConditionalGeneration.from_pretrained(about.start_from, **options)
-        if about.config.get("paralinguistic_soft_residual") and model.paralinguistic_adapter.residual is None:
-            adapter = model.paralinguistic_adapter
-            adapter.residual = torch.nn.Linear(adapter.output.in_features, adapter.output.out_features)
+        for name in (name for name in added if about.config.get(name) and not getattr(model.config, name)):
+            adapter = getattr(model, name.replace("_soft_residual", "_adapter"))
+            width = model.config.text_config.hidden_size
+            adapter.residual = torch.nn.Linear(
+                adapter.output.in_features if adapter is model.paralinguistic_adapter else width, width
+            )
             torch.nn.init.zeros_(adapter.residual.weight)
             torch.nn.init.zeros_(adapter.residual.bias)
-            model.config.paralinguistic_soft_residual = True
+            setattr(model.config, name, True)
         return model, processor
     for name in (about.audio_model_id, about.text_model_id):
         if name in BACKBONES:
@@ -139,6 +144,7 @@ class Data:
     train: list[dict]
     validation: list[dict]
     fingerprint: str
+    words: list[dict] = field(default_factory=list)  # more to hear words in, for stage 0 alone
 
 
 def load_data(recipe: Recipe, folder: Path) -> Data:
@@ -146,20 +152,8 @@ def load_data(recipe: Recipe, folder: Path) -> Data:
     about, tables = recipe.data, [Path(table) for table in recipe.data.tables]
     if about.synthesise_hours > 0:
         tables.append(_synthesised(recipe, folder))
-    rows = list(read_table(*tables))
-    silent = [row["id"] for row in rows if row["audio"] is None]
-    if silent:
-        print(f"{len(silent):,} rows have no audio and are left out, the first is {silent[0]}", flush=True)
-    gone = [row for row in rows if row["audio"] is not None and not Path(row["audio"]).is_file()]
-    if gone and not about.skip_damaged:
-        raise FileNotFoundError(
-            f"{len(gone):,} audio files are gone since the tables were made, the first is {gone[0]['audio']} of the row "
-            f"{gone[0]['id']}. Restore them, or set data.skip_damaged to leave such rows out."
-        )
-    for row in gone:
-        print(f"left out, its audio is gone: {row['id']} ({row['audio']})", flush=True)
-    lost = {row["id"] for row in gone}
-    rows = [row for row in rows if row["audio"] is not None and row["id"] not in lost]
+    rows = _with_audio(read_table(*tables), about)
+    words = _with_audio(read_table(*recipe.warm_start.tables), about) if recipe.warm_start.tables else []
     if about.histories:
         rows = list(lend_histories(rows, read_table(*about.histories), recipe.train.seed))
     wanted = any(stage.tasks.get("dialogue") for stage in recipe.stages)
@@ -173,17 +167,36 @@ def load_data(recipe: Recipe, folder: Path) -> Data:
         answers = {row["id"]: row for row in read_table(path)}
         rows = [answers.get(row["id"], row) for row in rows]
     digest = hashlib.sha256()
-    for row in rows:
+    for row in rows + words:
         digest.update(f"{row['id']}\t{row['split']}\t{row['transcript']}\t{row['response']}\n".encode())
     split = {name: [row for row in rows if row["split"] == name] for name in ("train", "validation")}
     if not split["train"] or not split["validation"]:
         raise ValueError(
             f"there are {len(split['train'])} training and {len(split['validation'])} validation rows; both are needed."
         )
-    train = list(split["train"])
+    train, borders = list(split["train"]), recipe.model.config.get("attribute_thresholds")
+    borders = Thresholds(**borders) if borders else None
     for row in split["train"]:
-        train += [row | {"augment": copy} for copy in range(1, about.augment.get(row["corpus"], 0) + 1)]
-    return Data(train, split["validation"], digest.hexdigest())
+        train += [augmented(row, copy, borders) for copy in range(1, about.augment.get(row["corpus"], 0) + 1)]
+    return Data(train, split["validation"], digest.hexdigest(), [row for row in words if row["split"] == "train"])
+
+
+def _with_audio(rows: Iterable[dict], about: DataRecipe) -> list[dict]:
+    """The rows whose audio is there."""
+    rows = list(rows)
+    silent = [row["id"] for row in rows if row["audio"] is None]
+    if silent:
+        print(f"{len(silent):,} rows have no audio and are left out, the first is {silent[0]}", flush=True)
+    gone = {row["id"]: row for row in rows if row["audio"] is not None and not Path(row["audio"]).is_file()}
+    if gone and not about.skip_damaged:
+        first = next(iter(gone.values()))
+        raise FileNotFoundError(
+            f"{len(gone):,} audio files are gone since the tables were made, the first is {first['audio']} of the row "
+            f"{first['id']}. Restore them, or set data.skip_damaged to leave such rows out."
+        )
+    for row in gone.values():
+        print(f"left out, its audio is gone: {row['id']} ({row['audio']})", flush=True)
+    return [row for row in rows if row["audio"] is not None and row["id"] not in gone]
 
 
 def _synthesised(recipe: Recipe, folder: Path) -> Path:
@@ -250,6 +263,27 @@ def slot_accuracy(model, store: FeatureStore, rows: list[dict], processor: DualS
     return figures
 
 
+def take_linguistic(model, checkpoint: Path) -> None:
+    """The linguistic adapter of a checkpoint with the same encoder and LLM; what has no counterpart there stays as it is.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    state = load_file(checkpoint / "model.safetensors")
+    state = {n.removeprefix("linguistic_adapter."): t for n, t in state.items() if n.startswith("linguistic_adapter.")}
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    for side in ("audio", "text"):
+        if config[f"{side}_model_fingerprint"] != getattr(model.config, f"{side}_model_fingerprint"):
+            raise ValueError(f"warm_start.linguistic_from: {checkpoint} was trained with another {side} backbone.")
+    ids = state.pop("soft_tokens.token_ids")
+    known = model.linguistic_adapter.state_dict()
+    wrong = [name for name, tensor in state.items() if name not in known or known[name].shape != tensor.shape]
+    if wrong:
+        raise ValueError(f"warm_start.linguistic_from: {checkpoint} does not fit the recipe in {', '.join(wrong)}.")
+    model.linguistic_adapter.load_state_dict(state, strict=False)
+    model.linguistic_adapter.soft_tokens.token_ids = ids
+
+
 def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureStore, data: Data) -> list[dict]:
     """Stage 0: the adapters without the LLM."""
     about, seed, log = recipe.warm_start, recipe.train.seed, []
@@ -267,9 +301,11 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
             evaluate_every=min(100, max(1, about.caption_steps // 3)),
             checkpoint=folder / "queries.pt",
         )
-    spoken = [row for row in data.train if row["transcript"]]
-    heard = [row for row in data.validation if row["transcript"] and row["corpus"] != "ravdess"][:64]
-    words = training_texts(data.train)
+    spoken = [row for row in data.train + data.words if row["transcript"]]
+    heard = [row for row in data.validation if row["corpus"] != "ravdess" and normalize(row["transcript"] or "")][:64]
+    words = training_texts(data.train + data.words)
+    if about.linguistic_from:
+        take_linguistic(model, Path(about.linguistic_from))
     for number, (pieces, steps) in enumerate(zip(about.pieces, about.steps, strict=True)):
         log += train_linguistic(
             model,
@@ -281,6 +317,7 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
             frames_per_batch=about.frames_per_batch,
             warmup=min(100, steps // 5),
             seed=seed + number,
+            sampled_pieces=about.sampled_pieces,
             evaluate=lambda _: (
                 {"validation_wer": round(word_errors(model, store, heard, processor), 4)} if heard else {}
             ),
@@ -547,6 +584,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
         store = FeatureStore(output / "features", model.config, recipe.data.feature_bits)
         skip = recipe.data.skip_damaged
         data.train = store.build(data.train, model, processor, skip)
+        data.words = store.build(data.words, model, processor, skip)
         data.validation = store.build(data.validation, model, processor, skip)
         if state.is_main_process:
             write_json(output / "environment.json", environment(data))

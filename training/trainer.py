@@ -196,17 +196,20 @@ class DualSLMTrainer(Seq2SeqTrainer):
                 "paralinguistic": self.stage.paralinguistic_learning_rate,
                 "linguistic": self.stage.linguistic_learning_rate,
                 "lora": self.stage.lora_learning_rate,
+                "residual": self.stage.residual_learning_rate,
             }
             groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     branch = "lora" if ".lora_" in name else name.split("_adapter")[0]
+                    if ".residual." in name and rates["residual"] is not None:
+                        branch = "residual"
                     groups.setdefault((branch, parameter.ndim > 1), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
                 [
                     {
                         "params": parameters,
-                        "lr": rates.get(branch) or self.args.learning_rate,
+                        "lr": self.args.learning_rate if rates[branch] is None else rates[branch],
                         "weight_decay": self.args.weight_decay if decays else 0.0,
                     }
                     for (branch, decays), parameters in groups.items()

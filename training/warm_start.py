@@ -25,9 +25,17 @@ from .features import FeatureStore, pad_frames
 # --------------------------------------------------------------------------------------------------------------------
 
 
+_UNSPOKEN = re.compile(r"\([^)]*\)|\[[^\]]*\]")
+
+
+def nothing_said(transcript: str) -> bool:
+    """Whether a transcript says that there are no words: "(no speech)", "[noise]"."""
+    return not _UNSPOKEN.sub("", transcript).strip()
+
+
 def normalize(text: str) -> list[str]:
-    """What is said as bare lower-case words: what CTC can hear."""
-    text = text.lower().replace("’", "'").replace("-", " ")
+    """What is said as bare lower-case words: what CTC can hear. What stands in parentheses or brackets is not said."""
+    text = _UNSPOKEN.sub(" ", text.lower()).replace("’", "'").replace("-", " ")
     return [word.strip("'") for word in re.sub(r"[^a-z' ]+", " ", text).split() if word.strip("'")]
 
 
@@ -139,6 +147,7 @@ def train_linguistic(
     frames_per_batch: int = 12_000,
     warmup: int = 100,
     seed: int = 0,
+    sampled_pieces: int = 0,
     evaluate: Callable[[int], dict] | None = None,
     evaluate_every: int = 250,
     checkpoint: Path | None = None,
@@ -147,6 +156,8 @@ def train_linguistic(
 
     Args:
         store, rows: features of these rows, which have transcripts.
+        sampled_pieces: of the pieces that no clip of a batch says, so many are drawn to stand for all of them in the
+            softmax (each weighs as much as it stands for): most of a step's cost is the product with the pieces. 0: all.
         evaluate: called with the step every `evaluate_every` steps; returns figures for the log.
         checkpoint: file that the run is kept in and, if it is there, goes on from, to the same result.
 
@@ -160,7 +171,11 @@ def train_linguistic(
     lengths = [store.length(row) for row in tqdm(rows, desc="lengths", leave=False)]
     # CTC needs a frame for each piece and one between equal neighbours.
     room = [-(-length // adapter.rate) for length in lengths]
-    usable = [i for i in range(len(targets)) if 0 < len(targets[i]) + _repeats(targets[i]) <= room[i]]
+    usable = [
+        i
+        for i, row in enumerate(rows)
+        if len(targets[i]) + _repeats(targets[i]) <= room[i] and (len(targets[i]) or nothing_said(row["transcript"]))
+    ]
     if not usable:
         raise ValueError(f"none of the {len(rows)} rows has a transcript that its audio has room for.")
     batches = batches_by_length([lengths[i] for i in usable], frames_per_batch, np.random.default_rng(seed))
@@ -170,15 +185,20 @@ def train_linguistic(
         batch = [usable[i] for i in next(batches)]
         states, sizes = pad_frames([store.get(rows[i]) for i in batch])
         states = mask_frames(states, sizes, generator)
+        spelled = torch.cat([targets[i] for i in batch])
+        drawn, offset = draw_pieces(spelled, len(pieces), sampled_pieces, generator)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs = adapter.project(states, sizes)
-            logits = soft.logits(outputs, pieces)
+            logits = soft.logits(outputs, pieces[drawn])
+        logits = logits.float()
+        logits[..., :-1] += offset
+        place = torch.zeros(len(pieces), dtype=torch.long).index_put((drawn,), torch.arange(len(drawn)))
         return nn.functional.ctc_loss(
-            logits.float().log_softmax(-1).transpose(0, 1),
-            torch.cat([targets[i] for i in batch]),
+            logits.log_softmax(-1).transpose(0, 1),
+            place[spelled],
             adapter.output_lengths(sizes),
             torch.tensor([len(targets[i]) for i in batch]),
-            blank=len(pieces),
+            blank=len(drawn),
             zero_infinity=True,
         )
 
@@ -252,6 +272,21 @@ def _descend(
                 os.replace(scratch, checkpoint)
     adapter.eval()
     return log
+
+
+def draw_pieces(
+    spelled: torch.Tensor, total: int, count: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pieces of a sampled softmax: all that are `spelled`, `count` others, and what to add to each one's logit so that
+    the sum over them stands for the sum over all `total`."""
+    used = spelled.unique()
+    if not count or len(used) + count >= total:
+        return torch.arange(total), torch.zeros(total)
+    others = torch.ones(total, dtype=torch.bool).index_fill(0, used, False).nonzero()[:, 0]
+    others = others[torch.randperm(len(others), generator=generator)[:count]]
+    offset = torch.zeros(len(used) + count)
+    offset[len(used) :] = math.log((total - len(used)) / count)
+    return torch.cat([used, others]), offset
 
 
 def widen(soft: nn.Module, token_ids: list[int]) -> None:

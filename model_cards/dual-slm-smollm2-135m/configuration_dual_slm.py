@@ -127,6 +127,7 @@ class DualSLMConfig(PreTrainedConfig):
         linguistic_dropout: float = 0.0,
         linguistic_input_norm: bool = False,
         linguistic_ctc_vocab_size: int = 0,
+        linguistic_soft_residual: bool = False,
         caption_template: str | None = None,
         attribute_labels: dict[str, list[str]] | None = None,
         attribute_thresholds: dict[str, list[float]] | None = None,
@@ -167,6 +168,7 @@ class DualSLMConfig(PreTrainedConfig):
         self.linguistic_dropout = linguistic_dropout
         self.linguistic_input_norm = linguistic_input_norm
         self.linguistic_ctc_vocab_size = linguistic_ctc_vocab_size
+        self.linguistic_soft_residual = linguistic_soft_residual
         self.caption_template = caption_template
         self.attribute_labels = attribute_labels
         self.attribute_thresholds = attribute_thresholds
@@ -192,7 +194,7 @@ class DualSLMConfig(PreTrainedConfig):
             "encoder_padding": ("max_length", "real"),
             "paralinguistic_adapter_type": ("pooling", "query"),
             "linguistic_adapter_type": ("concat", "none"),
-            "paralinguistic_pooling": ("adaptive", "statistics"),
+            "paralinguistic_pooling": ("adaptive", "statistics", "dynamics"),
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")

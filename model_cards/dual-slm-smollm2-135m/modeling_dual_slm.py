@@ -59,13 +59,18 @@ def masked_adaptive_average(states: torch.Tensor, lengths: torch.Tensor, size: i
     return (weight @ states) / weight.sum(-1, keepdim=True)
 
 
-def masked_statistics(states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Mean and standard deviation over the real frames: (A, L, T, C) -> (A, L, 2 C)."""
+def masked_statistics(states: torch.Tensor, lengths: torch.Tensor, dynamics: bool = False) -> torch.Tensor:
+    """Mean and standard deviation over the real frames, and with `dynamics` the mean absolute step from frame to frame,
+    which tells fast speech from slow: (A, L, T, C) -> (A, L, 2 C) or (A, L, 3 C)."""
     mask = _length_mask(lengths, states.shape[2]).to(states.dtype)[:, None, :, None]
     count = lengths.to(states.dtype)[:, None, None]
     mean = (states * mask).sum(2) / count
     variance = ((states - mean[:, :, None]) ** 2 * mask).sum(2) / count
-    return torch.cat([mean, (variance + 1e-8).sqrt()], dim=-1)
+    parts = [mean, (variance + 1e-8).sqrt()]
+    if dynamics:
+        steps = (states[:, :, 1:] - states[:, :, :-1]).abs() * mask[:, :, 1:]
+        parts.append(steps.sum(2) / (count - 1).clamp(min=1))
+    return torch.cat(parts, dim=-1)
 
 
 def _length_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
@@ -100,13 +105,14 @@ class ParalinguisticAdapter(nn.Module):
         width, out = config.audio_hidden_size, config.text_config.hidden_size
         self.layers = _transformer_layers(config, width)
         self.layer_weights = None
+        self.statistics = {"statistics": 2, "dynamics": 3}.get(self.pooling, 0)  # of each channel
         if config.paralinguistic_layer_mix:  # softmax over L
-            mixtures = self.num_tokens if self.pooling == "statistics" else 1
+            mixtures = self.num_tokens if self.statistics else 1
             self.layer_weights = nn.Parameter(torch.zeros(config.audio_num_layers, mixtures))
         pooled = width
-        if self.pooling == "statistics":
+        if self.statistics:
             # Residual streams have a few huge dimensions: each statistic is standardised by what the warm start measured.
-            pooled, rows = 2 * width, config.audio_num_layers if config.paralinguistic_layer_mix else 1
+            pooled, rows = self.statistics * width, config.audio_num_layers if config.paralinguistic_layer_mix else 1
             self.register_buffer("statistics_mean", torch.zeros(rows, pooled))
             self.register_buffer("statistics_scale", torch.ones(rows, pooled))
         hidden = config.paralinguistic_hidden_size
@@ -126,16 +132,16 @@ class ParalinguisticAdapter(nn.Module):
 
     def pool(self, states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """(A, L, T, C) -> what the linear part reads: (A, N, P), or with statistics (A, L, P), not mixed yet."""
-        if self.pooling == "statistics" and not self.layers:
-            return masked_statistics(states, lengths)
+        if self.statistics and not self.layers:
+            return masked_statistics(states, lengths, self.statistics == 3)
         if self.layer_weights is not None:
             states = torch.einsum("l,altc->atc", self.layer_weights.mean(1).softmax(0), states)
         else:
             states = states[:, -1]
         for layer in self.layers:
             states = layer(states, src_key_padding_mask=~_length_mask(lengths, states.shape[1]))
-        if self.pooling == "statistics":
-            return masked_statistics(states[:, None], lengths)
+        if self.statistics:
+            return masked_statistics(states[:, None], lengths, self.statistics == 3)
         return masked_adaptive_average(states, lengths, self.num_tokens)
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
@@ -144,7 +150,7 @@ class ParalinguisticAdapter(nn.Module):
 
     def _inner(self, pooled: torch.Tensor) -> torch.Tensor:
         """What the output layer reads, (A, N, P)."""
-        if self.pooling == "statistics":
+        if self.statistics:
             pooled = (pooled - self.statistics_mean) / self.statistics_scale
             if self.layer_weights is not None and pooled.shape[1] == len(self.layer_weights):
                 pooled = torch.einsum("ln,alp->anp", self.layer_weights.softmax(0), pooled)
@@ -243,6 +249,9 @@ class LinguisticAdapter(nn.Module):
         self.soft_tokens = None
         if config.linguistic_ctc_vocab_size:
             self.soft_tokens = SoftTokens(config.linguistic_ctc_vocab_size, blank=config.text_config.hidden_size)
+        self.residual = None
+        if config.linguistic_soft_residual:
+            self.residual = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
 
     def project(self, states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """(A, T, C) -> (A, ceil(T / k), D). A tail of fewer than k frames is filled up with zeros, not dropped."""
@@ -289,9 +298,12 @@ class LinguisticAdapter(nn.Module):
                     continue
                 logits = self.soft_tokens.logits(outputs, rows)
                 kept = logits if learns else kept
-                for index, sample, size in zip(indices.tolist(), logits, sizes, strict=True):
-                    probabilities, tokens[index] = self.soft_tokens.segments(sample[:size])
+                for place, (index, size) in enumerate(zip(indices.tolist(), sizes, strict=True)):
+                    segments = self.soft_tokens.segments(logits[place, :size], outputs[place, :size])
+                    probabilities, means, tokens[index] = segments
                     embeds[index] = probabilities @ rows
+                    if self.residual is not None:
+                        embeds[index] = embeds[index] + self.residual(means)
         counts = torch.tensor([len(sample) for sample in embeds], device=states.device)
         return torch.cat(embeds), counts, None if rows is None else torch.cat(tokens), kept
 
@@ -316,18 +328,21 @@ class SoftTokens(nn.Module):
 
     def logits(self, outputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., V) for the `rows` of the pieces, with the blank as one more, last class if there is one."""
+        logits = outputs @ rows.T  # apart from the blank: a product with frozen rows needs no gradient of these
         if self.blank is not None:
-            rows = torch.cat([rows, self.blank[None]])
-        return self.scale * (outputs @ rows.T)
+            logits = torch.cat([logits, outputs @ self.blank[:, None]], dim=-1)
+        return self.scale * logits
 
-    def segments(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def segments(self, logits: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Greedy CTC of one sample: blanks dropped, repeats merged.
 
         Args:
             logits: (T', V + 1), the blank last.
+            outputs: (T', D), what they were made of.
 
         Returns:
-            (M, V) mean probabilities over each segment's frames, the blank's share removed, and (M,) LLM token ids.
+            Of each segment's frames (M, V) the mean probabilities, the blank's share removed, and (M, D) the mean
+            outputs; and (M,) LLM token ids.
         """
         best = logits.argmax(-1)
         starts = torch.ones_like(best, dtype=torch.bool)
@@ -337,8 +352,10 @@ class SoftTokens(nn.Module):
         segment = (starts.cumsum(0) - 1)[spoken]
         probabilities = logits[spoken].softmax(-1)[:, :-1]  # of frames that are not dropped: about a third
         membership = segment[:, None] == torch.arange(int(starts.sum()), device=segment.device)  # (frames, segments)
-        mean = membership.to(probabilities.dtype).T @ probabilities
-        return mean / mean.sum(-1, keepdim=True), self.token_ids[best[starts]]
+        membership = membership.to(probabilities.dtype).T
+        mean = membership @ probabilities
+        means = (membership / membership.sum(-1, keepdim=True)) @ outputs[spoken]
+        return mean / mean.sum(-1, keepdim=True), means, self.token_ids[best[starts]]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -440,6 +457,7 @@ class DualSLMAudioFeatures(ModelOutput):
 # Model
 # --------------------------------------------------------------------------------------------------------------------
 
+_SHORTEST_PREFIX = 8  # a shorter one is not worth a pass of its own
 AUDIO_INPUTS = ("input_features", "input_features_mask", "audio_num_chunks", "audio_branches", "audio_features")
 
 
@@ -494,15 +512,15 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, (ParalinguisticAdapter, LinguisticAdapter)) and module.residual is not None:
+            init.zeros_(module.residual.weight)
+            init.zeros_(module.residual.bias)
         if isinstance(module, ParalinguisticAdapter):
             if module.slot_vectors is not None:
                 init.normal_(module.slot_vectors, std=1.0)
             if module.layer_weights is not None:
                 init.zeros_(module.layer_weights)
-            if module.residual is not None:
-                init.zeros_(module.residual.weight)
-                init.zeros_(module.residual.bias)
-            if module.pooling == "statistics":
+            if module.statistics:
                 init.zeros_(module.statistics_mean)
                 init.ones_(module.statistics_scale)
         elif isinstance(module, QueryAdapter):
@@ -1053,22 +1071,46 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
 
     def _forward_targets(self, input_ids, attention_mask, audio_features, labels) -> DualSLMTargetOutput:
-        _, embeds, mask, labels = self.pack_prompt(input_ids, attention_mask, audio_features, labels)
-        keep = labels.shape[1] - int((labels != -100).any(0).nonzero().min())  # from the first target on
+        _, embeds, mask, packed = self.pack_prompt(input_ids, attention_mask, audio_features, labels)
+        keep = packed.shape[1] - int((packed != -100).any(0).nonzero().min())  # from the first target on
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        prefix, cache = self._constant_prefix(input_ids, attention_mask, mask, keep), None
+        if prefix:
+            with torch.no_grad():
+                cache = self.get_decoder()(
+                    inputs_embeds=embeds[:, :prefix],
+                    attention_mask=mask[:, :prefix],
+                    position_ids=positions[:, :prefix],
+                    use_cache=True,
+                ).past_key_values
         # The LLM cuts out the kept positions as a view, for which a matrix product copies the whole output matrix once a
         # sample: a third of a step's time on a CPU.
         hook = self.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         try:
             outputs = self.language_model(
-                inputs_embeds=embeds,
+                inputs_embeds=embeds[:, prefix:],
                 attention_mask=mask,
-                position_ids=(mask.long().cumsum(-1) - 1).clamp(min=0),
+                position_ids=positions[:, prefix:],
+                past_key_values=cache,
                 logits_to_keep=keep + 1,  # one position earlier predicts the first target
-                use_cache=False,
+                use_cache=cache is not None,
             )
         finally:
             hook.remove()
-        return DualSLMTargetOutput(outputs.logits[:, :-1], labels[:, -keep:], audio_features, mask.numel())
+        return DualSLMTargetOutput(outputs.logits[:, :-1], packed[:, -keep:], audio_features, mask.numel())
+
+    def _constant_prefix(self, input_ids, attention_mask, mask: torch.Tensor, keep: int) -> int:
+        """Columns of a packed batch in which no row has reached its speech: system prompt and history. They are the same
+        whatever the adapters do, so they need no backward pass, which is two thirds of their cost."""
+        llm = self.language_model
+        if not torch.is_grad_enabled() or self.config.lora_config is not None or llm.is_gradient_checkpointing:
+            return 0
+        how, what = self._placeholders(input_ids)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        before = (real.bool() & ((how | what).cumsum(-1) == 0)).sum(-1)  # real positions before the first placeholder
+        start = int((mask.shape[1] - mask.sum(-1) + before).min())
+        start = min(start, mask.shape[1] - keep - 1)
+        return start if start >= _SHORTEST_PREFIX else 0
 
     @torch.no_grad()
     def generate(self, inputs: torch.LongTensor | None = None, **kwargs):

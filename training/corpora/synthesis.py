@@ -260,6 +260,104 @@ def build(
                     seconds += row["duration"]
                     bar.update(row["duration"])
     bar.close()
+    return _write_metadata(rows, output)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is no speech
+# --------------------------------------------------------------------------------------------------------------------
+
+NO_SPEECH = "(no speech)"  # the transcript of such a clip: what stands in parentheses is not said
+_SOUNDS = ("silence", "noise", "hum", "tones", "knocks", "music")
+
+
+def _decay(length: int, seconds: float) -> np.ndarray:
+    return np.exp(-np.arange(length) / (SAMPLING_RATE * seconds))
+
+
+def _note(frequency: float, length: int, rng: np.random.Generator) -> np.ndarray:
+    """A tone with overtones that fall off, struck or swelling."""
+    time = np.arange(length) / SAMPLING_RATE
+    overtones = np.arange(1, 1 + int(min(8, 7_000 // frequency)))
+    weights = overtones ** -rng.uniform(0.8, 2.5)
+    vibrato = 1 + rng.uniform(0, 0.004) * np.sin(2 * np.pi * rng.uniform(4, 7) * time)
+    wave = (weights[:, None] * np.sin(2 * np.pi * frequency * overtones[:, None] * time * vibrato)).sum(0)
+    rise = np.minimum(1.0, time / rng.uniform(0.005, 0.15))
+    return wave * rise * _decay(length, rng.uniform(0.15, 1.5))
+
+
+def _music(length: int, rng: np.random.Generator) -> np.ndarray:
+    """Chords, a melody over them and, by chance, a beat."""
+    audio = np.zeros(length)
+    beat = int(SAMPLING_RATE * 60 / rng.uniform(70, 170))
+    root, scale = (
+        rng.uniform(80, 220),
+        np.array([0, 2, 4, 5, 7, 9, 11] if rng.random() < 0.5 else [0, 2, 3, 5, 7, 8, 10]),
+    )
+    drums = rng.random() < 0.6
+    for number, start in enumerate(range(0, length, beat)):
+        if number % 4 == 0:
+            degree = int(rng.integers(7))
+            for step in (0, 2, 4):
+                tone = root * 2 ** ((scale[(degree + step) % 7] + 12 * ((degree + step) // 7)) / 12)
+                piece = _note(tone, min(4 * beat, length - start), rng)
+                audio[start : start + len(piece)] += piece
+        if rng.random() < 0.7:
+            piece = _note(root * 2 ** (1 + scale[rng.integers(7)] / 12), min(beat, length - start), rng)
+            audio[start : start + len(piece)] += 0.8 * piece
+        if drums:
+            size = min(beat, length - start)
+            audio[start : start + size] += rng.uniform(0.3, 1.2) * rng.standard_normal(size) * _decay(size, 0.03)
+    return audio
+
+
+def make_nonspeech(kind: str, rng: np.random.Generator) -> np.ndarray:
+    """Float32 samples at 16 kHz, 1 to 12 s, of silence, noise, mains hum, tones, knocks or music."""
+    length = int(SAMPLING_RATE * rng.uniform(1, 12))
+    time = np.arange(length) / SAMPLING_RATE
+    if kind == "silence":
+        return (rng.standard_normal(length) * 10 ** (-rng.uniform(60, 110) / 20)).astype(np.float32)
+    if kind == "noise":
+        audio = _noise(length, rng) * (1 + rng.uniform(0, 0.9) * np.sin(2 * np.pi * rng.uniform(0.1, 8) * time))
+    elif kind == "hum":
+        audio = sum(np.sin(2 * np.pi * rng.choice((50, 60)) * n * time) / n for n in range(1, 7))
+        audio = audio + rng.uniform(0, 0.5) * _noise(length, rng)
+    elif kind == "tones":
+        audio = np.zeros(length)
+        for start in range(0, length, int(SAMPLING_RATE * rng.uniform(0.2, 2))):
+            size = min(int(SAMPLING_RATE * rng.uniform(0.1, 2)), length - start)
+            frequency = rng.uniform(150, 3_000) * np.exp(rng.uniform(-0.5, 0.5) * np.arange(size) / size)
+            audio[start : start + size] += np.sin(2 * np.pi * np.cumsum(frequency) / SAMPLING_RATE)
+    elif kind == "knocks":
+        audio = 0.003 * _noise(length, rng)
+        for start in rng.integers(0, length, int(rng.integers(1, 25))):
+            size = min(int(SAMPLING_RATE * 0.4), length - int(start))
+            knock = _noise(size, rng) + 2 * np.sin(2 * np.pi * rng.uniform(80, 2_500) * time[:size])
+            audio[start : start + size] += knock * _decay(size, rng.uniform(0.005, 0.1)) * rng.uniform(0.2, 1)
+    elif kind == "music":
+        audio = _music(length, rng)
+    else:
+        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(_SOUNDS)}.")
+    return degrade(audio, rng, (1, 40)).astype(np.float32)
+
+
+def build_nonspeech(output: str | Path, clips: int, seed: int = 0) -> Path:
+    """A folder of clips in which nobody speaks, as `build` makes one of speech; returns its metadata file. The last
+    tenths are validation and test."""
+    output, rows = Path(output), []
+    (output / "audio").mkdir(parents=True, exist_ok=True)
+    for index in range(clips):
+        kind = _SOUNDS[index % len(_SOUNDS)]
+        audio = make_nonspeech(kind, np.random.default_rng([seed, index, 2]))
+        path = output / "audio" / f"{index:06d}.flac"
+        soundfile.write(path, audio, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+        split = "train" if index < 0.8 * clips else "validation" if index < 0.9 * clips else "test"
+        row = {"id": f"nonspeech/{seed}/{index:06d}", "file": str(path.relative_to(output)), "corpus": "nonspeech"}
+        rows.append(row | {"split": split, "transcript": NO_SPEECH, "duration": round(len(audio) / SAMPLING_RATE, 3)})
+    return _write_metadata(rows, output)
+
+
+def _write_metadata(rows: list[dict], output: Path) -> Path:
     table = output / "metadata.jsonl"
     scratch = table.with_suffix(".part")
     scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
