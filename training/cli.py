@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -535,12 +536,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# glibc gives each large tensor back to the kernel and takes it anew, page by page: on a CPU that is half of a step. With
+# these it keeps what it has, in huge pages.
+_TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592"
+_TUNABLES += ":glibc.malloc.top_pad=268435456:glibc.malloc.arena_max=1"
+_LONG = ("train", "evaluate", "align", "benchmark")
+
+
+def keep_memory(command: str) -> None:
+    """Starts this program again with an allocator that suits tensors on a CPU, unless $GLIBC_TUNABLES says otherwise.
+
+    The setting is read when a process starts; nothing but the speed depends on it.
+    """
+    if command not in _LONG or "GLIBC_TUNABLES" in os.environ or platform.libc_ver()[0] != "glibc":
+        return
+    environment = os.environ | {"GLIBC_TUNABLES": _TUNABLES}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 1 with one line that says what went wrong."""
     if not sys.stderr.isatty():  # a log file wants a line now and then, not a moving bar
         os.environ.setdefault("TQDM_MININTERVAL", "30")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     args = build_parser().parse_args(argv)
+    if argv is None:
+        keep_memory(args.command)
     if "DUAL_SLM_DEBUG" not in os.environ:
         from transformers.utils import logging
 

@@ -12,17 +12,18 @@ import gzip
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from .alignment import Aligner, AlignmentConfig, align_rows
 from .attributes import Thresholds, label_row, measure_rows, write_thresholds
 from .corpora import dailytalk, styletalk
 from .corpora.folder import read, read_folder
-from .corpora.schema import Report, check_rows, write_table
+from .corpora.schema import Report, check_rows, read_table, share, write_table
 from .corpora.synthesis import build, build_nonspeech
 from .journal import Journal
 
 # Energy is cut by tertiles of RAVDESS's and LibriSpeech's training clips: by TextrolSpeech's borders 93 % of RAVDESS is
 # low. Pitch and tempo have TextrolSpeech's.
 THRESHOLDS = Thresholds(energy=(0.01274, 0.03689))
-SYNTHETIC_VOICES = 1_500  # synthetic clips that are measured, to teach how a voice sounds; all teach words
+SYNTHETIC_VOICES = 3_000  # synthetic clips that are measured, to teach how a voice sounds; all teach words
 FOLDERS = ("librispeech_subset", "librispeech_4spk", "vctk_subset", "asterisk_prompts", "read_misc", "ravdess")
 FOLDERS += ("fsdd_subset", "dailytalk_samples")
 
@@ -74,6 +75,21 @@ def labelled(rows: Iterable[dict], table: Path) -> None:
         print(f"{count:,} rows in {table}" + (f"\n{report}" if report else ""), flush=True)
 
 
+def answered(tables: Iterable[Path], count: int, table: Path) -> None:
+    """The frozen LLM's replies to `count` of the labelled clips, train and validation, in their tables' own rows."""
+    rows = [row for path in tables for row in read_table(path) if row["split"] != "test" and row["caption"]]
+    rows = sorted(rows, key=lambda row: share(row["id"]))[:count]
+    if not table.is_file():
+        config = AlignmentConfig(max_new_tokens=48, repetition_penalty=1.1, batch_size=32)
+        report, journal = Report(), Journal(f"{table}.replies.jsonl")
+        found = [
+            row | {"id": f"{row['id']}/answered", "corpus": f"{row['corpus']}-answered"}
+            for row in align_rows(rows, Aligner("smollm2-135m-instruct", config, dtype="bfloat16"), journal, report)
+            if row["response"]
+        ]
+        print(f"{write_table(found, table):,} rows in {table}\n{report}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -96,6 +112,7 @@ def main() -> None:
         build(list(sentences(data)), out / "synthetic", args.hours, args.seed)
     spoken = list(read(out / "synthetic", Report()))
     labelled(spoken[:SYNTHETIC_VOICES], out / "synthetic.parquet")
+    answered([out / "ravdess.parquet", out / "synthetic.parquet"], 480, out / "answered.parquet")
     if not (out / "synthetic_words.parquet").is_file():
         write_table(check_rows(spoken[SYNTHETIC_VOICES:], Report()), out / "synthetic_words.parquet")
 
