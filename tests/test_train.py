@@ -27,7 +27,7 @@ from dual_slm.training.err import Sources, draw_sources
 from dual_slm.training.features import FeatureStore
 from dual_slm.training.recipe import RECIPES, StageRecipe, load_recipe
 from dual_slm.training.run import make_model as training_model
-from dual_slm.training.run import run
+from dual_slm.training.run import run, take_linguistic
 from dual_slm.training.trainer import (
     BucketSampler,
     DualSLMTrainer,
@@ -438,28 +438,48 @@ def test_draws_do_not_depend_on_who_asks(bench):
         BucketSampler(dataset, 99, seed=0)
 
 
-def test_a_residual_starts_as_nothing_and_learns(tiny_backbones, tmp_path):
-    """Going on from a warm start with `paralinguistic_soft_residual`: the same embeddings, until it is trained."""
+@pytest.mark.parametrize("branch", ["paralinguistic", "linguistic"])
+def test_a_residual_starts_as_nothing_and_learns(tiny_backbones, tmp_path, branch):
+    """Going on from a warm start with a soft residual: the same embeddings, until it is trained."""
     model, processor = make_model(tiny_backbones, kind="warm")
     model.save_pretrained(tmp_path / "ckpt")
     processor.save_pretrained(tmp_path / "ckpt")
     recipe = load_recipe(str(world(tmp_path, tiny_backbones)))
-    recipe.model.start_from, recipe.model.config = str(tmp_path / "ckpt"), {"paralinguistic_soft_residual": True}
+    recipe.model.start_from, recipe.model.config = str(tmp_path / "ckpt"), {f"{branch}_soft_residual": True}
     going_on, _ = training_model(recipe)
     inputs = processor.extract_features([tone(0.8)])
     with torch.inference_mode():
-        before, after = (m.get_audio_features(**inputs).paralinguistic_embeds for m in (model, going_on))
+        before, after = (m.get_audio_features(**inputs)[f"{branch}_embeds"] for m in (model, going_on))
     assert torch.equal(before, after)
-    going_on.paralinguistic_adapter.residual.weight.data.normal_()
+    getattr(going_on, f"{branch}_adapter").residual.weight.data.normal_()
     going_on.save_pretrained(tmp_path / "with")
     loaded = DualSLMForConditionalGeneration.from_pretrained(tmp_path / "with")
     with torch.inference_mode():
-        changed, again = (m.get_audio_features(**inputs).paralinguistic_embeds for m in (going_on, loaded))
+        changed, again = (m.get_audio_features(**inputs)[f"{branch}_embeds"] for m in (going_on, loaded))
     assert torch.equal(changed, again)
     assert not torch.equal(changed, before)
     recipe.model.config = {"linguistic_hidden_size": 9}
     with pytest.raises(ValueError, match="the checkpoint has a config of its own"):
         training_model(recipe)
+
+
+def test_stage_0_goes_on_from_the_words_of_a_checkpoint_that_fits(tiny_backbones, tmp_path):
+    """Words are taken over bit for bit, the paralinguistic adapter is new; another backbone or shape is refused."""
+    model, _ = make_model(tiny_backbones, kind="warm")
+    model.linguistic_adapter.soft_tokens.token_ids += 3
+    model.save_pretrained(tmp_path / "ckpt")
+    other, _ = make_model(tiny_backbones, kind="warm", linguistic_soft_residual=True)
+    fresh = [p.clone() for p in other.paralinguistic_adapter.parameters()]
+    take_linguistic(other, tmp_path / "ckpt")
+    taken = other.linguistic_adapter.state_dict()
+    assert all(torch.equal(taken[name], value) for name, value in model.linguistic_adapter.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(fresh, other.paralinguistic_adapter.parameters(), strict=True))
+    narrow, _ = make_model(tiny_backbones, kind="warm", linguistic_hidden_size=9)
+    with pytest.raises(ValueError, match=r"does not fit the recipe in .*linear_1"):
+        take_linguistic(narrow, tmp_path / "ckpt")
+    other.config.text_model_fingerprint = "another"
+    with pytest.raises(ValueError, match="trained with another text backbone"):
+        take_linguistic(other, tmp_path / "ckpt")
 
 
 # ---- features --------------------------------------------------------------------------------------------------------

@@ -8,15 +8,19 @@ import soundfile
 import torch
 
 from conftest import LABELS, make_model, tone
+from dual_slm.modeling_dual_slm import masked_statistics
 from dual_slm.training.attributes import Thresholds, classify, measure
 from dual_slm.training.corpora.folder import read_folder
-from dual_slm.training.corpora.synthesis import degrade, span
-from dual_slm.training.features import FeatureStore, load_row
+from dual_slm.training.corpora.schema import make_row
+from dual_slm.training.corpora.synthesis import build_nonspeech, degrade, span
+from dual_slm.training.features import FeatureStore, augmented, load_row
 from dual_slm.training.warm_start import (
     Speller,
     batches_by_length,
     caption_targets,
+    draw_pieces,
     normalize,
+    nothing_said,
     train_linguistic,
     train_paralinguistic,
 )
@@ -91,6 +95,54 @@ def test_augmented_copies_differ_and_repeat(tmp_path):
     np.testing.assert_allclose(load_row(row), tone(0.5), atol=1e-4)
 
 
+def test_labels_of_an_augmented_copy_are_what_is_true_of_it():
+    """Pitch and tempo follow the speed of the copy, energy is not known any more; words, speaker and emotion stay."""
+    row = make_row(
+        id="a", corpus="c", split="train", transcript="one two", pitch="normal", tempo="normal", energy="low"
+    )
+    row |= {"gender": "male", "emotion": "sad", "pitch_hz": 190.0, "seconds_per_word": 0.26, "energy_rms": 0.01}
+    speeds, tone_hz = set(), 200.0
+    for copy in range(1, 9):
+        changed = augmented(row, copy, Thresholds())
+        speed = changed["pitch_hz"] / row["pitch_hz"]
+        speeds.add(speed)
+        assert changed["seconds_per_word"] == pytest.approx(0.26 / speed)
+        assert changed["pitch"] == ("high" if 190 * speed > Thresholds().pitch[1] else "normal")
+        assert changed["tempo"] == ("fast" if 0.26 / speed < Thresholds().tempo[0] else "normal")
+        assert changed["energy"] is None and changed["caption"] is None and changed["energy_rms"] is None
+        assert (changed["emotion"], changed["gender"], changed["transcript"]) == ("sad", "male", "one two")
+        assert augmented(row, copy)["pitch"] is None  # without borders there is no label
+        assert abs(tone_hz * speed - tone_hz) < 0.16 * tone_hz
+    assert len(speeds) == 8
+
+
+def test_the_speed_of_a_copy_is_that_of_its_audio(tmp_path):
+    """A tone's frequency in the augmented audio says by how much it was sped up."""
+    time = np.arange(32_000) / 16_000
+    write_corpus(tmp_path, {"a.wav": {"samples": 0.5 * np.sin(2 * np.pi * 440 * time).astype(np.float32)}})
+    (row,) = read_folder(tmp_path)
+    row["pitch_hz"] = 440.0
+    for copy in (1, 2, 3):
+        samples = load_row(augmented(row, copy))
+        spectrum = np.abs(np.fft.rfft(samples))
+        heard = 16_000 * int(spectrum[len(samples) // 100 :].argmax() + len(samples) // 100) / len(samples)
+        assert heard == pytest.approx(augmented(row, copy)["pitch_hz"], rel=0.01)
+
+
+def test_clips_without_speech_repeat_and_say_nothing(tmp_path):
+    for name in "ab":
+        build_nonspeech(tmp_path / name, 12, seed=5)
+    rows = read_folder(tmp_path / "a")
+    assert [row["split"] for row in rows].count("train") == 10 and rows[-1]["split"] == "test"
+    for row in rows:
+        samples, rate = soundfile.read(row["audio"])
+        other, _ = soundfile.read(row["audio"].replace("/a/", "/b/"))
+        assert np.array_equal(samples, other) and rate == 16_000 and 1 <= len(samples) / rate <= 12
+        assert normalize(row["transcript"]) == [] and nothing_said(row["transcript"])
+    assert not nothing_said("42") and not nothing_said("well (laughs)")
+    assert normalize("well (he laughs) yes [noise]") == ["well", "yes"]
+
+
 # ---- spelling and batches --------------------------------------------------------------------------------------------
 
 
@@ -128,6 +180,35 @@ def test_batches_hold_every_clip_once_an_epoch_within_the_limit():
         assert max(lengths[i] for i in batch) * len(batch) <= 1_000
         seen += batch
     assert sorted(seen) == list(range(300))
+
+
+def test_a_sampled_softmax_stands_for_the_whole():
+    """All that is said is there, and the sum over the drawn pieces is on average the sum over all."""
+    generator = torch.Generator().manual_seed(0)
+    logits, spelled = torch.randn(500, generator=generator), torch.tensor([3, 77, 3, 410])
+    whole, found = logits.exp().sum(), []
+    for _ in range(400):
+        pieces, offset = draw_pieces(spelled, 500, 40, generator)
+        assert set(spelled.tolist()) <= set(pieces.tolist()) and len(set(pieces.tolist())) == 43
+        assert not offset[torch.isin(pieces, spelled)].any()
+        found.append((logits[pieces] + offset).exp().sum())
+    assert torch.stack(found).mean().item() == pytest.approx(whole.item(), rel=0.03)
+    pieces, offset = draw_pieces(spelled, 500, 0, generator)
+    assert torch.equal(pieces, torch.arange(500)) and not offset.any()
+
+
+def test_dynamics_tell_fast_change_from_slow():
+    """The same frames in another order have the same mean and deviation, and other steps; padding does not count."""
+    ramp = torch.linspace(-1, 1, 40)
+    shuffled = ramp[torch.randperm(40, generator=torch.Generator().manual_seed(1))]
+    states = torch.zeros(2, 1, 50, 3)
+    states[:, 0, :40] = torch.stack([ramp, shuffled])[..., None]
+    states[:, 0, 40:] = 9.0
+    smooth, rough = masked_statistics(states, torch.tensor([40, 40]), dynamics=True)[:, 0, 6:]
+    torch.testing.assert_close(smooth, torch.full((3,), 2 / 39))
+    assert (rough > 5 * smooth).all()
+    plain = masked_statistics(states, torch.tensor([40, 40]))
+    torch.testing.assert_close(plain[0], plain[1])
 
 
 # ---- warm start ------------------------------------------------------------------------------------------------------

@@ -384,14 +384,14 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
 
 
-def positions_floor(tokens: int, targets: int, config) -> float:
+def positions_floor(tokens: int, targets: int, config, constant: int = 0) -> float:
     """FLOPs that a frozen LLM must do for one step: forward and the gradient of its input, over real positions alone.
 
-    Two for each weight and position, twice (no weight gradient is needed), the output layer at the targets only;
-    attention's own products are left out, which makes the floor a little low.
+    Two for each weight and position, twice (no weight gradient is needed) but for the `constant` ones before the speech,
+    the output layer at the targets only; attention's own products are left out, which makes the floor a little low.
     """
     width, inner = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
     attention = width * head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     layers = config.num_hidden_layers * (attention + 3 * width * inner)
-    return 4.0 * (tokens * layers + targets * width * config.vocab_size)
+    return (4.0 * tokens - 2.0 * constant) * layers + 4.0 * targets * width * config.vocab_size

@@ -46,10 +46,11 @@ class DualSLMConfig(PreTrainedConfig):
         paralinguistic_pooling (`str`, defaults to `"adaptive"`):
             `"adaptive"` averages `num_paralinguistic_tokens` equal stretches of time (paper). `"statistics"` gives every
             token the mean and standard deviation over the whole utterance; slot vectors then tell the tokens apart.
+            `"dynamics"` adds the mean absolute step from frame to frame, which tells fast speech from slow.
         paralinguistic_slot_vectors (`bool`, defaults to `False`):
             Add a learned vector to each of the tokens.
         paralinguistic_layer_mix (`bool`, defaults to `False`):
-            Read a learned mixture of all encoder layers, not the last alone; with `"statistics"`, one for each token.
+            Read a learned mixture of all encoder layers, not the last alone; with statistics, one for each token.
         paralinguistic_hidden_size (`int`, *optional*):
             Width of a hidden layer with GELU before the output. Default: none, one linear layer (paper).
         paralinguistic_soft_vocab_size (`int`, defaults to 0):
@@ -73,6 +74,8 @@ class DualSLMConfig(PreTrainedConfig):
             If positive, the outputs are read as CTC over that many of the LLM's own tokens: blanks are dropped, repeats
             merged, and each remaining segment becomes the softmax-weighted mean of the LLM's token embeddings. The
             sequence shrinks to about the length of the text. 0 feeds the outputs as they are (paper).
+        linguistic_soft_residual (`bool`, defaults to `False`):
+            As `paralinguistic_soft_residual`, from the mean output of each segment.
         caption_template (`str`, *optional*):
             The sentence that the paralinguistic tokens spell, with `{attribute}` fields, where the adapter was taught to.
         attribute_labels (`dict[str, list[str]]`, *optional*):

@@ -470,12 +470,14 @@ class DualSLMTargetOutput(ModelOutput):
         labels: (B, K), -100 where there is no target.
         audio_features: what the adapters made of the clips.
         num_positions: positions that the LLM computed, padding included.
+        num_constant_positions: those of them that need no backward pass: what stands before the speech.
     """
 
     logits: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     audio_features: DualSLMAudioFeatures | None = None
     num_positions: int | None = None
+    num_constant_positions: int | None = None
 
 
 class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -1097,13 +1099,15 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         finally:
             hook.remove()
-        return DualSLMTargetOutput(outputs.logits[:, :-1], packed[:, -keep:], audio_features, mask.numel())
+        counts = (mask.numel(), prefix * len(mask))
+        return DualSLMTargetOutput(outputs.logits[:, :-1], packed[:, -keep:], audio_features, *counts)
 
     def _constant_prefix(self, input_ids, attention_mask, mask: torch.Tensor, keep: int) -> int:
         """Columns of a packed batch in which no row has reached its speech: system prompt and history. They are the same
         whatever the adapters do, so they need no backward pass, which is two thirds of their cost."""
         llm = self.language_model
-        if not torch.is_grad_enabled() or self.config.lora_config is not None or llm.is_gradient_checkpointing:
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in llm.modules())
+        if not torch.is_grad_enabled() or self.config.lora_config is not None or checkpointed:
             return 0
         how, what = self._placeholders(input_ids)
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask

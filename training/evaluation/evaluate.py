@@ -159,8 +159,12 @@ def _beside(system: Checkpoint, suite: str, queries: list[Query], table: list[di
         found += direct(list(clips.values()), system.hear(list(clips.values())), suite)
         if level:
             found += direct(list(level.values()), system.hear(list(level.values())), suite, only="emotion")
+    silent = bench.silent_clips() if suite == "asr" and "asr" in bench.tasks and not system.words_as_text else []
+    if silent:
+        system.prepare(silent)
+        found += direct(silent, system.hear(silent), suite)
     if suite == "asr" and bench.transcribe:
-        rows = list(clips.values())
+        rows = list(clips.values()) + silent
         said = [{"heard": bench.transcribe(row), "attributes": None} for row in rows]
         found += direct(rows, said, suite, "Whisper's decoder")
     if suite in ("attributes", "disentanglement") and clips:

@@ -21,6 +21,7 @@ from ..attributes import MEASURED, Thresholds, classify
 from ..backbones import ASSETS
 from ..corpora.schema import share
 from ..tasks import ATTRIBUTES, Sample, make_sample, parse_transcript, tasks_of
+from ..warm_start import nothing_said
 from .metrics import score, word_errors
 from .systems import CONDITIONS, Query
 
@@ -28,6 +29,7 @@ ASSET = yaml.safe_load((ASSETS / "evaluation.yaml").read_text(encoding="utf-8"))
 SMALL_TALK = (ASSETS / "small_talk.txt").read_text(encoding="utf-8").splitlines()
 TURNS = (0, 2, 6, 12)
 LOUDNESS = 0.05  # RMS that clips are brought to where loudness must not tell the emotion
+SILENCE = "no speech, nothing heard"  # clips that say nothing: silence, noise, music
 EQUAL = ", equal loudness"
 LIMITS = {"context": 24, "conversation": 48}  # rows of a corpus and task, where a suite is costly
 MAX_NEW_TOKENS = {"dialogue": 80}  # others: see `_room`
@@ -82,12 +84,16 @@ class Bench:
         if task == "asr":
             texts = defaultdict(list)
             for row in self.rows:
-                if row["transcript"] and row["audio"]:
+                if row["transcript"] and row["audio"] and not nothing_said(row["transcript"]):
                     texts[row["corpus"]].append(normal(row))
             able = {corpus for corpus, said in texts.items() if len(set(said)) > len(said) / 4}
             for corpus in sorted(set(texts) - able):
                 self.notes.append(f"{corpus} has a handful of sentences and says nothing about words.")
         return self.take(task, limit, lambda row: row["audio"] is not None and (able is None or row["corpus"] in able))
+
+    def silent_clips(self) -> list[dict]:
+        """Rows whose transcript says that nobody speaks."""
+        return self.take("asr", fit=lambda row: row["audio"] is not None and nothing_said(row["transcript"]))
 
     def query(self, suite: str, condition: str, sample: Sample, row: dict, voice: dict | None = None) -> Query | None:
         """The sample under a condition; `None` where the row or the system cannot be asked so."""
@@ -315,7 +321,10 @@ def direct(
     for row, item in zip(rows, heard, strict=True):
         common = {"suite": suite, "condition": condition, "corpus": row["corpus"], "id": row["id"]}
         common |= {"speaker": row["speaker"] or row["id"], "gender": row["gender"], "audio": row["audio"]}
-        if suite == "asr" and item["heard"] is not None and row["transcript"]:
+        if suite == "asr" and item["heard"] is not None and nothing_said(row["transcript"]):
+            heard = item["heard"].strip()
+            yield common | {"task": SILENCE, "reply": heard, "value": float(not heard), "wanted": row["transcript"]}
+        elif suite == "asr" and item["heard"] is not None:
             errors, words = word_errors(row["transcript"], item["heard"])
             said = {"task": "asr", "said": row["transcript"], "heard": item["heard"]}
             yield common | said | {"reply": item["heard"], "errors": errors, "words": words}
