@@ -82,7 +82,7 @@ class StageRecipe:
     err_stage: str = field(default="joint", metadata={"help": "joint (1) | disentangle (2) | holistic (3)"})
     tasks: dict = field(default_factory=dict, metadata={"help": "task -> share"})
     learning_rate: float = 5e-5
-    paralinguistic_learning_rate: float | None = None
+    paralinguistic_learning_rate: float | None = field(default=None, metadata={"help": "0 freezes the adapter"})
     linguistic_learning_rate: float | None = None
     epochs: float = 3.0
     max_steps: int = -1

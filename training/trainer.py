@@ -163,6 +163,9 @@ class DualSLMTrainer(Seq2SeqTrainer):
         super().__init__(*args, **kwargs)
         self._meters = {mode: torch.zeros(len(TASKS) + 2, 3, dtype=torch.float64) for mode in ("train", "eval")}
         self.add_callback(_CompleteCheckpoints())
+        for name, parameter in self.model.named_parameters():
+            if "_adapter." in name:
+                parameter.requires_grad_(self._rate(name) > 0)
 
     # ---- data ----
 
@@ -189,30 +192,27 @@ class DualSLMTrainer(Seq2SeqTrainer):
 
     # ---- optimiser ----
 
+    def _rate(self, name: str) -> float:
+        """The learning rate of a parameter. What has none (0) is frozen for the stage: its adapter hears as it heard."""
+        branch = name.split("_adapter")[0]
+        rates = [getattr(self.stage, f"{branch}_learning_rate", None), self.args.learning_rate]
+        if ".residual." in name:
+            rates.insert(0, self.stage.residual_learning_rate)
+        if ".lora_" in name:
+            rates.insert(0, self.stage.lora_learning_rate)
+        return next(rate for rate in rates if rate is not None)
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """AdamW over the adapters: a rate for each branch, no decay of norms, biases and vectors."""
         if self.optimizer is None:
-            rates = {
-                "paralinguistic": self.stage.paralinguistic_learning_rate,
-                "linguistic": self.stage.linguistic_learning_rate,
-                "lora": self.stage.lora_learning_rate,
-                "residual": self.stage.residual_learning_rate,
-            }
-            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+            groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    branch = "lora" if ".lora_" in name else name.split("_adapter")[0]
-                    if ".residual." in name and rates["residual"] is not None:
-                        branch = "residual"
-                    groups.setdefault((branch, parameter.ndim > 1), []).append(parameter)
+                    groups.setdefault((self._rate(name), parameter.ndim > 1), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
                 [
-                    {
-                        "params": parameters,
-                        "lr": self.args.learning_rate if rates[branch] is None else rates[branch],
-                        "weight_decay": self.args.weight_decay if decays else 0.0,
-                    }
-                    for (branch, decays), parameters in groups.items()
+                    {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decays else 0.0}
+                    for (rate, decays), parameters in groups.items()
                 ],
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),

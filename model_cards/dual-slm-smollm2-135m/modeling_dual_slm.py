@@ -543,8 +543,13 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             module.eval()
 
     def train(self, mode: bool = True):
-        """The frozen backbones never leave evaluation mode: no dropout where nothing learns."""
+        """Backbones, and adapters of which at most the residual learns, never leave evaluation mode: no dropout where
+        nothing learns."""
         super().train(mode)
+        for adapter in (self.paralinguistic_adapter, self.linguistic_adapter):
+            if adapter is not None:
+                learns = [name for name, p in adapter.named_parameters() if p.requires_grad]
+                adapter.train(mode and any(not name.startswith("residual.") for name in learns))
         for module in (self.audio_tower, self.language_model):
             if module is not None:
                 module.eval()
