@@ -374,6 +374,56 @@ def scripted(data, tmp_path_factory):
     return get
 
 
+def feeling(query) -> str:
+    """Replies to the mood that it is told of or hears."""
+    how, _ = query.sources()
+    if how == "none":
+        return "I see, thank you for telling me."
+    return {"happy": "What wonderful news!", "sad": "I am so sorry to hear it."}[query.voice["emotion"]]
+
+
+def test_replies_to_two_styles_are_told_apart_where_the_system_hears_them(data, tmp_path):
+    """Taught by replies to the training speakers' text twins alone; the same words without the voice are chance."""
+    result = evaluate("feeling", [str(data)], tmp_path / "a", ["style"], system=system_of(feeling))
+    place = ("style", "acted", "emotion by the reply")
+    assert figure(result, *place, "P&L", "accuracy")["value"] == 1
+    assert figure(result, *place, "caption and text", "accuracy")["value"] == 1
+    assert figure(result, *place, "L only", "accuracy")["value"] == 0.5
+    asked = records_of(tmp_path / "a", "style")
+    assert {r["label"] for r in asked} == {"happy", "sad"} and {r["corpus"] for r in asked} == {"acted"}
+    assert not any("training" in r["condition"] for r in asked)
+
+    def deaf(query):
+        return "I see." if query.sources()[0] == "speech" else feeling(query)
+
+    result = evaluate("deaf", [str(data)], tmp_path / "b", ["style"], system=system_of(deaf))
+    assert figure(result, *place, "P&L", "accuracy")["value"] == 0.5
+
+
+def test_clips_without_speech_are_held_to_silence(tiny_backbones, tmp_path, monkeypatch):
+    """They count apart from word errors; what is heard in them is a fault."""
+    module = sys.modules[evaluate.__module__]
+    monkeypatch.setattr(module, "_transcriber", lambda *_: None)  # the tiny encoder has no decoder to ask
+    model, processor = make_model(tiny_backbones, kind="warm", encoder_padding="real")
+    model.save_pretrained(tmp_path / "ckpt")
+    processor.save_pretrained(tmp_path / "ckpt")
+    rows = []
+    for n in range(4):
+        path = tmp_path / f"{n}.wav"
+        soundfile.write(path, tone(0.5 + n / 10, n), 16_000)
+        said = "(no speech)" if n < 2 else SENTENCES[n]
+        rows.append(make_row(id=str(n), corpus="mixed", split="test", audio=str(path), transcript=said, duration=0.5))
+    write_table(rows, tmp_path / "t.parquet")
+    result = evaluate(str(tmp_path / "ckpt"), [str(tmp_path / "t.parquet")], tmp_path / "out", ["asr"])
+    heard = {r["id"]: r for r in records_of(tmp_path / "out", "asr") if r["condition"] == "heard"}
+    assert {name: "words" in r for name, r in heard.items()} == {"0": False, "1": False, "2": True, "3": True}
+    assert all(heard[name]["value"] == float(not heard[name]["reply"]) for name in "01")
+    counted = figure(result, "asr", "mixed", "no speech, nothing heard", "heard", "share")
+    assert counted["value"] == sum(heard[name]["value"] for name in "01") / 2
+    asked = [r for r in records_of(tmp_path / "out", "asr") if r["condition"] == "P&L"]
+    assert {r["id"] for r in asked} == {"2", "3"}
+
+
 CAUGHT = {
     "constant": r"""attributes, emotion on acted, P&L: 33.3 % is not above always naming the most frequent label
         attributes, emotion on acted, P&L: every reply is 'sad'

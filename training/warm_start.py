@@ -167,7 +167,7 @@ def train_linguistic(
     adapter, embedding = model.linguistic_adapter, model.get_input_embeddings()
     soft = adapter.soft_tokens
     widen(soft, speller.token_ids)
-    targets = [torch.tensor(speller(row["transcript"])) for row in rows]
+    targets = [torch.tensor(speller(row["transcript"]), dtype=torch.long) for row in rows]
     lengths = [store.length(row) for row in tqdm(rows, desc="lengths", leave=False)]
     # CTC needs a frame for each piece and one between equal neighbours.
     room = [-(-length // adapter.rate) for length in lengths]

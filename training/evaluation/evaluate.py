@@ -21,7 +21,7 @@ from ..journal import Journal, write_json, write_text
 from ..tasks import label_sets
 from . import report as reports
 from .judges import judge, load_judge
-from .probes import probe
+from .probes import probe, told_apart
 from .suites import ASSET, EQUAL, SUITES, Bench, direct, output, record, relabel
 from .systems import Checkpoint, Query, System, load_system, whisper_decoder
 
@@ -92,6 +92,7 @@ def evaluate(
         seed=seed,
         words_as_text=local is not None and local.words_as_text,
         facts=tuple(local.model.config.prompt_facts) if local else (),
+        train=[row for row in table if row["split"] == "train"],
     )
     if local is not None and local.processor.attribute_questions:
         bench.tasks = tuple(local.processor.attribute_questions)
@@ -103,6 +104,9 @@ def evaluate(
         records[suite] = list(_answer(system, queries, journal))
         if len(records[suite]) < len(queries):
             bench.notes.append(f"{suite}: {len(queries) - len(records[suite]):,} of {len(queries):,} have no reply.")
+        if suite == "style":
+            known = {(q.row["corpus"], q.row["id"]): q.row for q in queries}
+            records[suite] = list(told_apart(records[suite], known))
         if local is not None:
             records[suite] += _beside(local, suite, queries, table, bench)
         if suite == "conversation":

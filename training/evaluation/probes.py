@@ -1,4 +1,5 @@
-"""Linear probes: what a logistic regression reads from the encoder, and from each branch, on speakers it never saw."""
+"""Classifiers: what tells the replies to two styles apart; and linear probes, what a logistic regression reads from the
+encoder, and from each branch, on speakers it never saw."""
 
 from collections.abc import Iterator
 
@@ -6,6 +7,7 @@ import numpy as np
 import torch
 
 from ..tasks import ATTRIBUTES
+from .suites import TAUGHT
 from .systems import Checkpoint
 
 FEW_SENTENCES = 20  # a corpus with so few has "which sentence" as a target: what is said, as a class
@@ -73,3 +75,33 @@ def probe(system: Checkpoint, train: list[dict], test: list[dict], suite: str, s
                 record |= {"corpus": corpus, "id": row["id"], "speaker": row["speaker"] or row["id"]}
                 record |= {"gender": row["gender"], "audio": row["audio"], "reply": str(answer)}
                 yield record | {"label": row[column], "parsed": str(answer), "choices": choices}
+
+
+def told_apart(records: list[dict], rows: dict[tuple[str, str], dict]) -> Iterator[dict]:
+    """Records of a classifier of the suite `style`: bags of words of the replies to training speakers' text twins teach it
+    the emotion of the turn that was answered; it is asked of every other reply.
+
+    Args:
+        records: of the suite.
+        rows: (corpus, id) -> row.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    def emotions(part: list[dict]) -> list[str]:
+        return [rows[r["corpus"], r["id"]]["emotion"] for r in part]
+
+    for corpus in sorted({r["corpus"] for r in records}):
+        own = [r for r in records if r["corpus"] == corpus]
+        taught = [r for r in own if r["condition"].endswith(TAUGHT)]
+        asked = [r for r in own if not r["condition"].endswith(TAUGHT)]
+        choices = sorted(set(emotions(taught)))
+        if len(choices) < 2 or not asked:
+            continue
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+        model = make_pipeline(words, LogisticRegression(max_iter=2000, class_weight="balanced"))
+        model.fit([r["reply"] for r in taught], emotions(taught))
+        answers = model.predict([r["reply"] for r in asked])
+        for r, label, answer in zip(asked, emotions(asked), answers, strict=True):
+            yield r | {"task": "emotion by the reply", "label": label, "parsed": str(answer), "choices": choices}

@@ -5,6 +5,7 @@ attributes      its Table I, with pitch within gender and emotion at equal loudn
 meld            its Table II
 conversation    its Table IV (judges.py)
 disentanglement both branches, one, none; the swap test (the voice of one clip, the words of another)
+style           the same words said in two emotions: whether the replies differ, by a classifier of the text twins' replies
 context         the same turn after 0 to 12 turns; facts told in text and asked for by voice; instructions
 """
 
@@ -20,6 +21,7 @@ import yaml
 from ..attributes import MEASURED, Thresholds, classify
 from ..backbones import ASSETS
 from ..corpora.schema import share
+from ..prompts import PROMPTS
 from ..tasks import ATTRIBUTES, Sample, make_sample, parse_transcript, tasks_of
 from ..warm_start import nothing_said
 from .metrics import score, word_errors
@@ -31,7 +33,9 @@ TURNS = (0, 2, 6, 12)
 LOUDNESS = 0.05  # RMS that clips are brought to where loudness must not tell the emotion
 SILENCE = "no speech, nothing heard"  # clips that say nothing: silence, noise, music
 EQUAL = ", equal loudness"
-LIMITS = {"context": 24, "conversation": 48}  # rows of a corpus and task, where a suite is costly
+STYLES = ("happy", "sad")
+TAUGHT = ", training speakers"
+LIMITS = {"context": 24, "conversation": 48, "style": 128}  # rows of a corpus and task, where a suite is costly
 MAX_NEW_TOKENS = {"dialogue": 80}  # others: see `_room`
 
 
@@ -50,6 +54,7 @@ class Bench:
         words_as_text: the system has no linguistic adapter: its linguistic branch is the transcript.
         facts: attributes that prompts tell in words.
         tasks: that the system was made for; others are not asked.
+        train: rows of the training split, whose text twins teach the classifier of `style`.
     """
 
     rows: list[dict]
@@ -62,6 +67,7 @@ class Bench:
     words_as_text: bool = False
     facts: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("asr", *ATTRIBUTES)
+    train: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def take(self, task: str, limit: int | None = None, fit: Callable[[dict], bool] = bool) -> list[dict]:
@@ -78,18 +84,20 @@ class Bench:
     def clips(self, task: str, limit: int | None = None) -> list[dict]:
         """Rows with audio of a task that the system knows; for words, of corpora that have more than a handful of
         sentences."""
-        able = None
         if task not in self.tasks:
             return []
-        if task == "asr":
-            texts = defaultdict(list)
-            for row in self.rows:
-                if row["transcript"] and row["audio"] and not nothing_said(row["transcript"]):
-                    texts[row["corpus"]].append(normal(row))
-            able = {corpus for corpus, said in texts.items() if len(set(said)) > len(said) / 4}
-            for corpus in sorted(set(texts) - able):
-                self.notes.append(f"{corpus} has a handful of sentences and says nothing about words.")
-        return self.take(task, limit, lambda row: row["audio"] is not None and (able is None or row["corpus"] in able))
+        if task != "asr":
+            return self.take(task, limit, lambda row: row["audio"] is not None)
+        texts = defaultdict(list)
+        for row in self.rows:
+            if row["transcript"] and row["audio"] and not nothing_said(row["transcript"]):
+                texts[row["corpus"]].append(normal(row))
+        able = {corpus for corpus, said in texts.items() if len(set(said)) > len(said) / 4}
+        for corpus in sorted(set(texts) - able):
+            self.notes.append(f"{corpus} has a handful of sentences and says nothing about words.")
+        return self.take(
+            task, limit, lambda r: r["audio"] is not None and r["corpus"] in able and not nothing_said(r["transcript"])
+        )
 
     def silent_clips(self) -> list[dict]:
         """Rows whose transcript says that nobody speaks."""
@@ -259,6 +267,29 @@ def context(bench: Bench) -> list[Query]:
     return found
 
 
+def style(bench: Bench) -> list[Query]:
+    """Replies to clips that say the same words in one of two emotions, and to the text twins of training clips."""
+    said: dict[tuple, set] = defaultdict(set)
+    for row in bench.rows:
+        if row["audio"] and row["transcript"] and row["emotion"] in STYLES:
+            said[row["corpus"], normal(row)].add(row["emotion"])
+    able = {place for place, emotions in said.items() if len(emotions) == len(STYLES)}
+    if not able:
+        bench.notes.append(f"style: no words are said in both emotions ({', '.join(STYLES)}).")
+        return []
+    system = PROMPTS["dialogue"]["systems"][0]
+    found = []
+    for rows, conditions in (
+        (bench.rows, ("P&L", "L only", "caption and text")),
+        (bench.train, ("caption and text" + TAUGHT,)),
+    ):
+        rows = [r for r in rows if r["emotion"] in STYLES and r["transcript"] and (r["corpus"], normal(r)) in able]
+        asked = [row | {"history": [], "system": system, "response": "(open)"} for row in rows]
+        chosen = replace(bench, rows=asked).take("dialogue", LIMITS["style"])
+        found += bench.queries("style", conditions, "dialogue", chosen)
+    return [replace(query, max_new_tokens=40) for query in found]
+
+
 def small_talk(turns: int) -> list[dict]:
     """So many turns about nothing, the user's first and the assistant's last."""
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(SMALL_TALK[:turns])]
@@ -276,6 +307,7 @@ SUITES: dict[str, Callable[[Bench], list[Query]]] = {
     "meld": meld,
     "conversation": conversation,
     "disentanglement": disentanglement,
+    "style": style,
     "context": context,
 }
 

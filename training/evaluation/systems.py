@@ -53,7 +53,10 @@ class Query:
     def key(self) -> str:
         """The same for the same question, whichever suite asks it and whenever."""
         clips = f"{self.row['corpus']}/{self.row['id']}/{self.voice['corpus']}/{self.voice['id']}"
-        return f"{self.condition}/{self.sample.task}/{clips}"
+        room = (
+            f"/{self.max_new_tokens}" if self.sample.task == "dialogue" else ""
+        )  # two suites ask for replies to a turn
+        return f"{self.condition}/{self.sample.task}/{clips}{room}"
 
     def sources(self) -> tuple[str, str]:
         """Of the spoken turn."""
