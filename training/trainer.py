@@ -71,11 +71,14 @@ class StageDataset(Dataset):
         teacher = self.teacher(row["id"]) if self.teacher is not None and task == "dialogue" else None
         return Item(sample, row, sources, teacher)
 
-    def size(self, index: int) -> float:
-        """About how many positions a row takes in the LLM."""
-        row = self.rows[index]
-        letters = len(row["transcript"] or "") + sum(len(turn["content"]) for turn in row["history"])
-        return letters / 4 + len(row["response"] or "") / 4
+    def size(self, index: int, epoch: int = 0) -> int:
+        """About how many positions a row takes in the LLM in an epoch, its history as it is cut then: in letters."""
+        item = self[epoch, index]
+        letters = len(item.sample.target) + len(item.row["transcript"] or "")
+        for message in item.sample.messages:
+            parts = message["content"]
+            letters += len(parts) if isinstance(parts, str) else sum(len(part.get("text", "")) for part in parts)
+        return letters
 
 
 def balance(rows: list[dict], seed: int) -> list[dict]:
@@ -105,7 +108,7 @@ class BucketSampler:
     """Batches of similar size in random order, by (seed, epoch) alone; the last, incomplete batch is left out.
 
     Args:
-        dataset: has `size(index)`.
+        dataset: has `size(index, epoch)`.
         batch_size: of all processes together.
         bucketing: without it, plain random batches (benchmark).
     """
@@ -117,7 +120,6 @@ class BucketSampler:
             raise ValueError(f"a batch of {batch_size} is larger than the {len(dataset)} rows of the stage.")
         self.dataset, self.batch_size, self.seed, self.bucketing = dataset, batch_size, seed, bucketing
         self.epoch = 0
-        self.sizes = [dataset.size(index) for index in range(len(dataset))]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -131,11 +133,12 @@ class BucketSampler:
         draw.shuffle(order)
         order = order[: len(self) * self.batch_size]
         if self.bucketing:
+            sizes = {index: self.dataset.size(index, self.epoch) for index in order}
             span = 32 * self.batch_size  # sorted within so many only: batches differ from epoch to epoch
             order = [
                 i
                 for start in range(0, len(order), span)
-                for i in sorted(order[start : start + span], key=self.sizes.__getitem__)
+                for i in sorted(order[start : start + span], key=sizes.__getitem__)
             ]
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         draw.shuffle(batches)
