@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -600,3 +601,25 @@ def test_the_speedrun_in_short(tmp_path):
     command = [sys.executable, "-m", "dual_slm.training.cli", "reply", str(clip), "--model", str(final), "--json"]
     answer = subprocess.run([*command, "--max-new-tokens", "8"], capture_output=True, text=True, check=True)
     assert set(json.loads(answer.stdout)["attributes"]) == {"gender", "pitch", "tempo", "energy", "emotion"}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_long_commands_run_with_an_allocator_that_keeps_its_memory(tmp_path):
+    """A training starts itself again with it, once, and with the same arguments; a reply does not, nor over a user's own."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys; print('tunables:', os.environ.get('GLIBC_TUNABLES'), file=sys.stderr)"
+    )
+    clean = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | {"PYTHONPATH": str(tmp_path)}
+
+    def starts(command: list[str], environment: dict) -> list[str]:
+        command = [sys.executable, "-m", "dual_slm.training.cli", *command]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip()
+        return [line for line in done.stderr.splitlines() if line.startswith("tunables:")]
+
+    first, again = starts(["train", "--list"], clean)
+    assert first == "tunables: None" and "mmap_max=0" in again
+    assert len(starts(["backbones", "--list"], clean)) == 1
+    assert starts(["train", "--list"], clean | {"GLIBC_TUNABLES": "glibc.malloc.check=0"}) == [
+        "tunables: glibc.malloc.check=0"
+    ]
