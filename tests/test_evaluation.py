@@ -242,6 +242,20 @@ def test_what_the_branches_hear_is_scored_for_each_corpus(whole):
         assert figure(whole[1], "attributes", corpus, "gender", "heard", "accuracy")["samples"] == 2
 
 
+def test_hearing_asks_every_clip_and_agrees_with_the_limited_suites(whole):
+    folder, result = whole  # its limit is 2 rows of a corpus and task
+    assert figure(result, "hearing", "read", "asr", "heard", "WER")["samples"] == 12
+    assert figure(result, "hearing", "acted", "emotion", "heard", "accuracy")["samples"] == 12
+    assert figure(result, "hearing", "acted", "emotion, equal loudness", "heard", "accuracy")["samples"] == 12
+    assert figure(result, "hearing", "acted", "gender", "linear probe of the encoder", "accuracy")["samples"] == 12
+    place = ("corpus", "id", "task", "condition")
+    every = {tuple(r[n] for n in place): r["reply"] for r in records_of(folder, "hearing")}
+    for suite in ("asr", "attributes"):
+        for r in records_of(folder, suite):
+            if r["condition"] in ("heard", "Whisper's decoder"):
+                assert every[tuple(r[n] for n in place)] == r["reply"]
+
+
 def test_the_page_stands_by_itself(whole):
     page = (whole[0] / "report.html").read_text()
     assert all(f"<h2>{suite}</h2>" in page for suite in SUITES)

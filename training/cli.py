@@ -502,7 +502,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--suite",
         nargs="+",
         default=["all"],
-        help="asr, attributes, meld, conversation, disentanglement, style, context, or all (default)",
+        help="hearing, asr, attributes, meld, conversation, disentanglement, style, context, or all (default)",
     )
     sub.add_argument("--out", default=None, metavar="DIR", help="report, samples; an interrupted run goes on there")
     sub.add_argument("--split", default="test", choices=["validation", "test"])

@@ -10,7 +10,8 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -18,11 +19,11 @@ from ...modeling_dual_slm import resolve_backbone
 from ..attributes import Thresholds
 from ..corpora.schema import read_table
 from ..journal import Journal, write_json, write_text
-from ..tasks import label_sets
+from ..tasks import ATTRIBUTES, label_sets
 from . import report as reports
 from .judges import judge, load_judge
 from .probes import probe, told_apart
-from .suites import ASSET, EQUAL, SUITES, Bench, direct, output, record, relabel
+from .suites import ASSET, EQUAL, LOUDNESS, SUITES, Bench, direct, output, record, relabel
 from .systems import Checkpoint, Query, System, load_system, whisper_decoder
 
 GROUP = 32  # replies that are written at once
@@ -156,6 +157,8 @@ def _answer(system: System, queries: list[Query], journal: Journal) -> Iterable[
 
 def _beside(system: Checkpoint, suite: str, queries: list[Query], table: list[dict], bench: Bench) -> list[dict]:
     """What stands beside the replies: what the branches hear before the LLM, Whisper's decoder, linear probes."""
+    if suite == "hearing":
+        return list(_hearing(system, table, bench))
     found = []
     clips = {(q.row["corpus"], q.row["id"]): q.row for q in queries if q.row["audio"] and q.condition == "P&L"}
     level = {(q.row["corpus"], q.row["id"]): q.row for q in queries if q.condition == "P&L" + EQUAL}
@@ -182,6 +185,26 @@ def _beside(system: Checkpoint, suite: str, queries: list[Query], table: list[di
         else:
             bench.notes.append(f"{suite}: the tables have no training rows of these corpora, so no linear probes.")
     return found
+
+
+def _hearing(system: Checkpoint, table: list[dict], bench: Bench) -> Iterator[dict]:
+    """Records of the suite `hearing`: of all clips what the branches hear, what Whisper's decoder hears, and probes."""
+    bench = replace(bench, limit=None)  # without replies, all clips cost little
+    voices = [row for row in bench.rows if row["audio"] and any(row[name] for name in ATTRIBUTES)]
+    level = [row | {"loudness": LOUDNESS} for row in voices if row["emotion"]]
+    words = [] if system.words_as_text else bench.clips("asr") + bench.silent_clips()
+    corpora = {row["corpus"] for row in voices}
+    train = [row for row in table if row["split"] == "train" and row["audio"] and row["corpus"] in corpora]
+    system.prepare(voices + level + words + train)
+    found = list(direct(words, system.hear(words), "asr"))
+    if words and bench.transcribe:
+        said = [{"heard": bench.transcribe(row), "attributes": None} for row in words]
+        found += direct(words, said, "asr", "Whisper's decoder")
+    found += direct(voices, system.hear(voices), "attributes")
+    found += direct(level, system.hear(level), "attributes", only="emotion")
+    if train:
+        found += probe(system, train, voices, "hearing", ("encoder",))
+    return (record | {"suite": "hearing"} for record in found)
 
 
 def _transcriber(system: Checkpoint, journal: Journal):

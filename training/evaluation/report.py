@@ -110,7 +110,7 @@ def confusions_of(records: list[dict]) -> list[dict]:
     for (suite, corpus, task, condition, _, _), group in groups_of(records).items():
         if (
             "label" in group[0]
-            and suite in ("attributes", "meld")
+            and suite in ("hearing", "attributes", "meld")
             and condition in ("P&L", "heard")
             and "," not in task
         ):
@@ -330,11 +330,14 @@ def write_card(folder: Path, report: dict) -> None:
     card = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else ModelCard("---\n---\n")
     results = []
     for figure in report["figures"]:
-        wanted = figure["suite"] in ("asr", "attributes", "meld") and figure["condition"] in ("P&L", "heard")
+        # What is heard is taken from all clips where they were asked, else from those that replies were asked for.
+        direct = figure["suite"] == "hearing" or "hearing" not in report["suites"]
+        wanted = figure["suite"] in ("hearing", "asr", "attributes", "meld")
+        wanted = wanted and (figure["condition"] == "P&L" or (figure["condition"] == "heard" and direct))
         if wanted and figure["metric"] in ("WER", "accuracy", "unweighted accuracy", "weighted F1"):
             results.append(
                 EvalResult(
-                    task_type="automatic-speech-recognition" if figure["suite"] == "asr" else "audio-classification",
+                    task_type="automatic-speech-recognition" if figure["task"] == "asr" else "audio-classification",
                     task_name=figure["task"],
                     dataset_type=figure["corpus"],
                     dataset_name=f"{figure['corpus']} ({report['setup']['split']} speakers), {figure['task']}",

@@ -1,5 +1,6 @@
 """The suites: what is asked, and what the replies are held to.
 
+hearing         what the branches hear before the LLM, of every clip: no reply is asked for
 asr             the paper's Table III, with the cascade and the true text beside it
 attributes      its Table I, with pitch within gender and emotion at equal loudness
 meld            its Table II
@@ -302,6 +303,7 @@ def after(sample: Sample, history: list[dict]) -> Sample:
 
 
 SUITES: dict[str, Callable[[Bench], list[Query]]] = {
+    "hearing": lambda bench: [],
     "asr": asr,
     "attributes": attributes,
     "meld": meld,
