@@ -80,7 +80,9 @@ class StageRecipe:
 
     name: str = ""
     err_stage: str = field(default="joint", metadata={"help": "joint (1) | disentangle (2) | holistic (3)"})
-    tasks: dict = field(default_factory=dict, metadata={"help": "task -> share"})
+    tasks: dict = field(
+        default_factory=dict, metadata={"help": "task -> share among the tasks that a row has a target for"}
+    )
     learning_rate: float = 5e-5
     paralinguistic_learning_rate: float | None = field(default=None, metadata={"help": "0 freezes the adapter"})
     linguistic_learning_rate: float | None = None
@@ -97,6 +99,9 @@ class StageRecipe:
     )
     facts: list[str] = field(
         default_factory=list, metadata={"help": "attributes that prompts of attribute tasks tell in words"}
+    )
+    repeat: dict = field(
+        default_factory=dict, metadata={"help": "corpus -> how often each of its rows counts in an epoch (default 1)"}
     )
     balanced: bool = field(default=False, metadata={"help": "draw rows so that emotions are equally frequent"})
     lora_learning_rate: float | None = None

@@ -17,7 +17,8 @@ from .tasks import TASKS, label_sets, make_sample, tasks_of
 
 
 class StageDataset(Dataset):
-    """Rows as the items of one stage. An item is a function of (seed, epoch, row) alone, whoever asks for it.
+    """Rows as the items of one stage, those of rare corpora repeated if the stage says so. An item is a function of (seed,
+    epoch, row) alone, whoever asks for it.
 
     Args:
         rows: with audio and features.
@@ -33,7 +34,7 @@ class StageDataset(Dataset):
         self.stage, self.seed = stage, seed
         self.positional_randomness, self.teacher = positional_randomness, teacher
         self.choices = label_sets(rows)
-        self.rows = [row for row in rows if self._weights(row)]
+        self.rows = [row for row in rows if self._weights(row) for _ in range(stage.repeat.get(row["corpus"], 1))]
         if not self.rows:
             raise ValueError(f"stage {stage.name}: no row has a target for any of {', '.join(stage.tasks)}.")
         if stage.balanced:
