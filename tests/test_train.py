@@ -419,6 +419,27 @@ def test_activation_checkpointing_changes_nothing_but_memory(bench):
         torch.testing.assert_close(plain, checkpointed)
 
 
+def test_a_stage_repeats_the_rows_of_a_rare_corpus(bench):
+    *_, rows = bench
+    rare = [row | {"id": f"rare {n}", "corpus": "rare"} for n, row in enumerate(rows[:2])]
+    dataset = StageDataset([*rows, *rare], stage(repeat={"rare": 3}), seed=1)
+    counts = Counter(row["id"] for row in dataset.rows)
+    assert all(counts[row["id"]] == 1 for row in rows) and all(counts[row["id"]] == 3 for row in rare)
+
+
+def test_batches_hold_rows_whose_histories_are_cut_to_similar_lengths(bench):
+    """Sizes are those of the epoch: a history that is cut away does not count."""
+    *_, rows = bench
+    long = [{"role": r, "content": "the quick brown fox and the lazy dog"} for r in ("user", "assistant")] * 4
+    dataset = StageDataset([row | {"history": long} for row in rows], stage(tasks={"asr": 1}), seed=1)
+    for epoch in (0, 1):
+        for index in range(len(dataset)):
+            sample = dataset[(epoch, index)].sample
+            kept = sum(len(m["content"]) for m in sample.messages if isinstance(m["content"], str))
+            assert kept <= dataset.size(index, epoch) <= kept + 400
+    assert [dataset.size(i, 0) for i in range(len(dataset))] != [dataset.size(i, 1) for i in range(len(dataset))]
+
+
 def test_draws_do_not_depend_on_who_asks(bench):
     *_, rows = bench
     dataset = StageDataset(rows, stage(), seed=1)
