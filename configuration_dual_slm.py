@@ -204,6 +204,11 @@ class DualSLMConfig(PreTrainedConfig):
         for name in ("num_paralinguistic_tokens", "linguistic_downsample_rate", "linguistic_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name, vocabulary in (("paralinguistic", "soft"), ("linguistic", "ctc")):
+            if getattr(self, f"{name}_soft_residual") and not getattr(self, f"{name}_{vocabulary}_vocab_size"):
+                raise ValueError(
+                    f"{name}_soft_residual stands beside soft tokens, and {name}_{vocabulary}_vocab_size is 0."
+                )
         width = self.audio_hidden_size
         if self.paralinguistic_adapter_type == "query":
             width = self.paralinguistic_hidden_size or 768

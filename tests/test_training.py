@@ -140,7 +140,7 @@ def test_clips_without_speech_repeat_and_say_nothing(tmp_path):
         assert np.array_equal(samples, other) and rate == 16_000 and 1 <= len(samples) / rate <= 12
         assert normalize(row["transcript"]) == [] and nothing_said(row["transcript"])
     assert not nothing_said("42") and not nothing_said("well (laughs)")
-    assert normalize("well (he laughs) yes [noise]") == ["well", "yes"]
+    assert normalize("dated (which also was printed)") == ["dated", "which", "also", "was", "printed"]
 
 
 # ---- spelling and batches --------------------------------------------------------------------------------------------

@@ -84,8 +84,8 @@ class _Batches(torch.utils.data.Dataset):
 
 class FeatureStore:
     """Features of any clips for the adapters of one model: `frames` (T, C), the encoder's last layer, and where the
-    paralinguistic adapter reads nothing but statistics, these as `pooled` (L, 2 C); where it mixes layers frame by frame,
-    `frames` is (L, T, C).
+    paralinguistic adapter reads nothing but statistics, these as `pooled` (L, 2 C or 3 C); where it mixes layers frame by
+    frame, `frames` is (L, T, C).
 
     Args:
         folder: where the shards of all encoders are kept.

@@ -147,13 +147,18 @@ class Data:
     words: list[dict] = field(default_factory=list)  # more to hear words in, for stage 0 alone
 
 
-def load_data(recipe: Recipe, folder: Path) -> Data:
-    """The recipe's tables, or a small corpus that is synthesised and labelled; responses by the frozen LLM if asked for."""
+def load_data(recipe: Recipe, folder: Path, thresholds: dict | None = None) -> Data:
+    """The recipe's tables, or a small corpus that is synthesised and labelled; responses by the frozen LLM if asked for.
+
+    Args:
+        thresholds: the model's `attribute_thresholds`, by which augmented copies are labelled.
+    """
     about, tables = recipe.data, [Path(table) for table in recipe.data.tables]
     if about.synthesise_hours > 0:
         tables.append(_synthesised(recipe, folder))
     rows = _with_audio(read_table(*tables), about)
-    words = _with_audio(read_table(*recipe.warm_start.tables), about) if recipe.warm_start.tables else []
+    starts = recipe.warm_start.enabled and not recipe.model.start_from and recipe.warm_start.tables
+    words = _with_audio(read_table(*recipe.warm_start.tables), about) if starts else []
     if about.histories:
         rows = list(lend_histories(rows, read_table(*about.histories), recipe.train.seed))
     wanted = any(stage.tasks.get("dialogue") for stage in recipe.stages)
@@ -174,8 +179,7 @@ def load_data(recipe: Recipe, folder: Path) -> Data:
         raise ValueError(
             f"there are {len(split['train'])} training and {len(split['validation'])} validation rows; both are needed."
         )
-    train, borders = list(split["train"]), recipe.model.config.get("attribute_thresholds")
-    borders = Thresholds(**borders) if borders else None
+    train, borders = list(split["train"]), Thresholds(**thresholds) if thresholds else None
     for row in split["train"]:
         train += [augmented(row, copy, borders) for copy in range(1, about.augment.get(row["corpus"], 0) + 1)]
     return Data(train, split["validation"], digest.hexdigest(), [row for row in words if row["split"] == "train"])
@@ -275,9 +279,11 @@ def take_linguistic(model, checkpoint: Path) -> None:
     for side in ("audio", "text"):
         if config[f"{side}_model_fingerprint"] != getattr(model.config, f"{side}_model_fingerprint"):
             raise ValueError(f"warm_start.linguistic_from: {checkpoint} was trained with another {side} backbone.")
-    ids = state.pop("soft_tokens.token_ids")
-    known = model.linguistic_adapter.state_dict()
-    wrong = [name for name, tensor in state.items() if name not in known or known[name].shape != tensor.shape]
+    ids = state.pop("soft_tokens.token_ids", None)
+    known = {name: tensor.shape for name, tensor in model.linguistic_adapter.state_dict().items()}
+    wrong = [name for name, tensor in state.items() if known.get(name) != tensor.shape]
+    wrong += [n for n in known if n not in state and not n.startswith("residual.") and n != "soft_tokens.token_ids"]
+    wrong += ["soft_tokens.token_ids"] if ids is None else []
     if wrong:
         raise ValueError(f"warm_start.linguistic_from: {checkpoint} does not fit the recipe in {', '.join(wrong)}.")
     model.linguistic_adapter.load_state_dict(state, strict=False)
@@ -580,7 +586,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
         if state.is_main_process:
             kept.write_text(recipe.to_yaml(), encoding="utf-8")
         model, processor = make_model(recipe)
-        data = load_data(recipe, output)
+        data = load_data(recipe, output, model.config.attribute_thresholds)
         store = FeatureStore(output / "features", model.config, recipe.data.feature_bits)
         skip = recipe.data.skip_damaged
         data.train = store.build(data.train, model, processor, skip)
@@ -666,7 +672,7 @@ def plan(recipe: Recipe, output: str | Path) -> str:
         f"memory    LLM {size * width / 2**30:.1f} GiB, activations about {activations / 2**30:.1f} GiB a batch"
     )
     lines.append(
-        f"time      at least {total / 3600:.2f} h at {rate / 1e12:.2f} TFLOPS measured here; expect 1.5 to 2 times that"
+        f"time      about {total / 3600:.2f} h or more, at {rate / 1e12:.2f} TFLOPS measured here; expect 1.5 to 2 times that"
     )
     lines.append(f"output    {output}")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Training through the frozen LLM: one stage of the paper (section III-C) is one run of `DualSLMTrainer`."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,11 @@ class StageDataset(Dataset):
             raise ValueError(f"stage {stage.name}: no row has a target for any of {', '.join(stage.tasks)}.")
         if stage.balanced:
             self.rows = balance(self.rows, seed)
+        counts: Counter = Counter()
+        self.copies = []  # which one of its repetitions each row is: they are drawn apart
+        for row in self.rows:
+            self.copies.append(counts[row["id"], row.get("augment")])
+            counts[row["id"], row.get("augment")] += 1
 
     def _weights(self, row: dict) -> dict[str, float]:
         return {task: self.stage.tasks[task] for task in tasks_of(row) if self.stage.tasks.get(task, 0) > 0}
@@ -48,7 +54,7 @@ class StageDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
-        row = self.rows[index]
+        row, epoch = self.rows[index], epoch + 1_000_003 * self.copies[index]
         weights = self._weights(row)
         draw = random.Random(f"task/{self.seed}/{epoch}/{row['id']}/{row.get('augment')}")
         task = draw.choices(list(weights), list(weights.values()))[0]
@@ -167,9 +173,16 @@ class DualSLMTrainer(Seq2SeqTrainer):
         super().__init__(*args, **kwargs)
         self._meters = {mode: torch.zeros(len(TASKS) + 2, 3, dtype=torch.float64) for mode in ("train", "eval")}
         self.add_callback(_CompleteCheckpoints())
+        learns = False
         for name, parameter in self.model.named_parameters():
-            if "_adapter." in name:
+            if "_adapter." in name or ".lora_" in name:
                 parameter.requires_grad_(self._rate(name) > 0)
+                learns = learns or parameter.requires_grad
+        if not learns:
+            raise ValueError(
+                f"stage {self.stage.name}: nothing learns, as the rates of all that there is are 0. Give a learning_rate, or "
+                "add what its residual_learning_rate is for (model.config.*_soft_residual)."
+            )
 
     # ---- data ----
 
@@ -185,7 +198,11 @@ class DualSLMTrainer(Seq2SeqTrainer):
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=False,
         )
-        return self.accelerator.prepare(loader)
+        loader = self.accelerator.prepare(loader)
+        # A run that goes on in a later epoch tells the loader, which looks for `set_epoch` on its own sampler alone.
+        if loader.batch_sampler is not sampler:
+            loader.batch_sampler.set_epoch = sampler.set_epoch
+        return loader
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         collator, self.data_collator = self.data_collator, self.evaluation_collator or self.data_collator

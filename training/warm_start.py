@@ -34,8 +34,8 @@ def nothing_said(transcript: str) -> bool:
 
 
 def normalize(text: str) -> list[str]:
-    """What is said as bare lower-case words: what CTC can hear. What stands in parentheses or brackets is not said."""
-    text = _UNSPOKEN.sub(" ", text.lower()).replace("’", "'").replace("-", " ")
+    """What is said as bare lower-case words: what CTC can hear. Parentheses within a text are read aloud like the rest."""
+    text = "" if nothing_said(text) else text.lower().replace("’", "'").replace("-", " ")
     return [word.strip("'") for word in re.sub(r"[^a-z' ]+", " ", text).split() if word.strip("'")]
 
 

@@ -1109,7 +1109,7 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _constant_prefix(self, input_ids, attention_mask, mask: torch.Tensor, keep: int) -> int:
         """Columns of a packed batch in which no row has reached its speech: system prompt and history. They are the same
-        whatever the adapters do, so they need no backward pass, which is two thirds of their cost."""
+        whatever the adapters do, so they need no backward pass, which is half of their cost."""
         llm = self.language_model
         checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in llm.modules())
         if not torch.is_grad_enabled() or self.config.lora_config is not None or checkpointed:

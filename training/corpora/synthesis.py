@@ -320,7 +320,8 @@ def make_nonspeech(kind: str, rng: np.random.Generator) -> np.ndarray:
     if kind == "noise":
         audio = _noise(length, rng) * (1 + rng.uniform(0, 0.9) * np.sin(2 * np.pi * rng.uniform(0.1, 8) * time))
     elif kind == "hum":
-        audio = sum(np.sin(2 * np.pi * rng.choice((50, 60)) * n * time) / n for n in range(1, 7))
+        mains = rng.choice((50, 60))
+        audio = sum(np.sin(2 * np.pi * mains * n * time) / n for n in range(1, 7))
         audio = audio + rng.uniform(0, 0.5) * _noise(length, rng)
     elif kind == "tones":
         audio = np.zeros(length)

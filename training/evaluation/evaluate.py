@@ -47,7 +47,7 @@ def evaluate(
         name: checkpoint (folder or Hub id), Qwen2-Audio, or a `.jsonl` of replies.
         tables: of `dual-slm corpus`; rows of `split` are asked, those of `train` train the probes.
         out: folder. A folder that holds another evaluation is refused; the same one goes on.
-        limit: rows of each corpus and task.
+        limit: rows of each corpus and task; `hearing` asks all clips but where the LLM has to be asked.
         judges: of the suite `conversation`, see `judges.load_judge`.
         system: instead of loading `name`.
         options: of `load_system`.
@@ -189,8 +189,10 @@ def _beside(system: Checkpoint, suite: str, queries: list[Query], table: list[di
 
 def _hearing(system: Checkpoint, table: list[dict], bench: Bench) -> Iterator[dict]:
     """Records of the suite `hearing`: of all clips what the branches hear, what Whisper's decoder hears, and probes."""
-    bench = replace(bench, limit=None)  # without replies, all clips cost little
-    voices = [row for row in bench.rows if row["audio"] and any(row[name] for name in ATTRIBUTES)]
+    asks = bool(system.processor.attribute_questions)  # the LLM, for each clip and label
+    bench = replace(bench, limit=bench.limit if asks else None)  # without it, all clips cost little
+    known = [row for name in ATTRIBUTES if name in bench.tasks for row in bench.clips(name)]
+    voices = list({(row["corpus"], row["id"]): row for row in known}.values())
     level = [row | {"loudness": LOUDNESS} for row in voices if row["emotion"]]
     words = [] if system.words_as_text else bench.clips("asr") + bench.silent_clips()
     corpora = {row["corpus"] for row in voices}

@@ -99,7 +99,9 @@ def told_apart(records: list[dict], rows: dict[tuple[str, str], dict]) -> Iterat
         choices = sorted(set(emotions(taught)))
         if len(choices) < 2 or not asked:
             continue
-        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+        if not any(r["reply"].strip() for r in taught):
+            continue
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\S+")
         model = make_pipeline(words, LogisticRegression(max_iter=2000, class_weight="balanced"))
         model.fit([r["reply"] for r in taught], emotions(taught))
         answers = model.predict([r["reply"] for r in asked])

@@ -278,6 +278,12 @@ def style(bench: Bench) -> list[Query]:
     if not able:
         bench.notes.append(f"style: no words are said in both emotions ({', '.join(STYLES)}).")
         return []
+    taught = {row["emotion"] for row in bench.train if (row["corpus"], normal(row)) in able}
+    if not taught.issuperset(STYLES) or "caption and text" not in bench.conditions:
+        bench.notes.append(
+            "style: no training rows, or a system that takes no text, so nothing teaches the classifier."
+        )
+        return []
     system = PROMPTS["dialogue"]["systems"][0]
     found = []
     for rows, conditions in (
