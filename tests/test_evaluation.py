@@ -265,7 +265,7 @@ def test_the_page_stands_by_itself(whole):
 
 
 def test_a_second_run_elsewhere_gives_the_same_samples(whole, checkpoint, data, tmp_path):
-    suites = ["asr", "attributes", "disentanglement"]
+    suites = ["hearing", "asr", "attributes", "disentanglement"]  # as before: batches of the encoder round alike
     evaluate(checkpoint, [str(data)], tmp_path, suites=suites, limit=2)
     for suite in suites:
         assert (tmp_path / f"{suite}.jsonl").read_bytes() == (whole[0] / f"{suite}.jsonl").read_bytes()
@@ -300,7 +300,7 @@ def test_two_finished_evaluations_are_compared(whole):
 
 
 def test_an_unknown_suite_or_split_is_refused(data, tmp_path):
-    with pytest.raises(ValueError, match=r"no suite 'singing'; there are asr, .*context and all"):
+    with pytest.raises(ValueError, match=r"no suite 'singing'; there are hearing, asr, .*context and all"):
         evaluate("x", [str(data)], tmp_path, suites=["asr", "singing"])
     with pytest.raises(ValueError, match="no row of the split 'validation'"):
         evaluate("x", [str(data)], tmp_path, split="validation", system=system_of(honest))

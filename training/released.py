@@ -2,6 +2,7 @@
 
     python -m dual_slm.training.released --data DATA --out TABLES
     cd TABLES && dual-slm train --recipe slm-smollm2-135m --output RUN
+    python -m dual_slm.training.released --release RUN --out model_cards/dual-slm-smollm2-135m
 
 No speaker, sentence or dialogue of a validation or test clip is in a training text. TESS is left out: its licence forbids
 derivatives. What was made is not made again.
@@ -9,8 +10,11 @@ derivatives. What was made is not made again.
 
 import argparse
 import gzip
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from safetensors.torch import load_file, save_file
 
 from .alignment import Aligner, AlignmentConfig, align_rows
 from .attributes import Thresholds, label_row, measure_rows, write_thresholds
@@ -90,13 +94,34 @@ def answered(tables: Iterable[Path], count: int, table: Path) -> None:
         print(f"{write_table(found, table):,} rows in {table}\n{report}", flush=True)
 
 
+def release(run: Path, card: Path) -> None:
+    """A run's `final` as a folder of model_cards, the large matrices in half precision: all are loaded in float32."""
+    tensors = load_file(run / "final/model.safetensors")
+    tensors = {name: t.half() if t.numel() > 2**18 and t.ndim == 2 else t for name, t in tensors.items()}
+    card.mkdir(parents=True, exist_ok=True)
+    for file in (run / "final").iterdir():
+        if file.name != "model.safetensors":
+            shutil.copyfile(file, card / file.name)
+    save_file(tensors, card / "model.safetensors", metadata={"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="folders of real speech")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the tables, or of model_cards with --release"
+    )
+    parser.add_argument(
+        "--release", type=Path, default=None, metavar="RUN", help="a finished run, to be put into --out"
+    )
     parser.add_argument("--hours", type=float, default=8.0, help="of synthesised speech")
     parser.add_argument("--seed", type=int, default=1, help="of the synthesis")
     args = parser.parse_args()
+    if args.release:
+        release(args.release, args.out)
+        return
+    if args.data is None:
+        parser.error("--data is needed")
     data, out = args.data.resolve(), args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     write_thresholds({"all": THRESHOLDS}, out / "thresholds.json")
