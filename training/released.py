@@ -32,6 +32,11 @@ FOLDERS = ("librispeech_subset", "librispeech_4spk", "vctk_subset", "asterisk_pr
 FOLDERS += ("fsdd_subset", "dailytalk_samples")
 
 
+def held_out_dialogues(data: Path) -> set[str]:
+    """DailyTalk's dialogues that a clip here is a turn of: all of these clips are test."""
+    return {Path(row["audio"]).stem.split("_d")[-1] for row in read_folder(data / "dailytalk_samples")}
+
+
 def sentences(data: Path) -> Iterator[str]:
     """Texts to speak: LibriSpeech train-clean-100, DailyTalk and StyleTalk, without what is held out."""
     metadata, report = data / "metadata", Report()
@@ -49,7 +54,7 @@ def sentences(data: Path) -> Iterator[str]:
             name, text = line.split(" ", 1)
             if name.split("-")[0] in allowed:
                 texts.append(text)
-    held_out = {Path(row["audio"]).stem.split("_d")[-1] for row in read_folder(data / "dailytalk_samples")}
+    held_out = held_out_dialogues(data)
     dialogues = dailytalk.read(metadata / "DailyTalk", report)
     texts += [r["transcript"] for r in dialogues if r["split"] == "train" and r["dialogue"] not in held_out]
     for row in styletalk.read(metadata / "StyleTalk", report):
@@ -60,7 +65,7 @@ def sentences(data: Path) -> Iterator[str]:
 
 def histories(data: Path) -> Iterator[dict]:
     """DailyTalk's dialogues as text alone."""
-    held_out = {Path(row["audio"]).stem.split("_d")[-1] for row in read_folder(data / "dailytalk_samples")}
+    held_out = held_out_dialogues(data)
     for row in dailytalk.read(data / "metadata/DailyTalk", Report()):
         if row["dialogue"] not in held_out:
             yield row | {"audio": None}

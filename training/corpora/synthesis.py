@@ -267,7 +267,7 @@ def build(
 # What is no speech
 # --------------------------------------------------------------------------------------------------------------------
 
-NO_SPEECH = "(no speech)"  # the transcript of such a clip: what stands in parentheses is not said
+NO_SPEECH = "(no speech)"  # the transcript of such a clip, wholly in parentheses: nothing is said
 _SOUNDS = ("silence", "noise", "hum", "tones", "knocks", "music")
 
 
@@ -290,10 +290,8 @@ def _music(length: int, rng: np.random.Generator) -> np.ndarray:
     """Chords, a melody over them and, by chance, a beat."""
     audio = np.zeros(length)
     beat = int(SAMPLING_RATE * 60 / rng.uniform(70, 170))
-    root, scale = (
-        rng.uniform(80, 220),
-        np.array([0, 2, 4, 5, 7, 9, 11] if rng.random() < 0.5 else [0, 2, 3, 5, 7, 8, 10]),
-    )
+    root = rng.uniform(80, 220)
+    scale = np.array([0, 2, 4, 5, 7, 9, 11] if rng.random() < 0.5 else [0, 2, 3, 5, 7, 8, 10])
     drums = rng.random() < 0.6
     for number, start in enumerate(range(0, length, beat)):
         if number % 4 == 0:

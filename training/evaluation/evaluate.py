@@ -109,7 +109,7 @@ def evaluate(
             known = {(q.row["corpus"], q.row["id"]): q.row for q in queries}
             records[suite] = list(told_apart(records[suite], known))
         if local is not None:
-            records[suite] += _beside(local, suite, queries, table, bench)
+            records[suite] += _beside(local, suite, queries, bench)
         if suite == "conversation":
             known = {(q.row["corpus"], q.row["id"]): q.row for q in queries}
             for each in judges:
@@ -155,10 +155,10 @@ def _answer(system: System, queries: list[Query], journal: Journal) -> Iterable[
             yield record(query, journal.values[query.key], system.prompt(query))
 
 
-def _beside(system: Checkpoint, suite: str, queries: list[Query], table: list[dict], bench: Bench) -> list[dict]:
+def _beside(system: Checkpoint, suite: str, queries: list[Query], bench: Bench) -> list[dict]:
     """What stands beside the replies: what the branches hear before the LLM, Whisper's decoder, linear probes."""
     if suite == "hearing":
-        return list(_hearing(system, table, bench))
+        return list(_hearing(system, bench))
     found = []
     clips = {(q.row["corpus"], q.row["id"]): q.row for q in queries if q.row["audio"] and q.condition == "P&L"}
     level = {(q.row["corpus"], q.row["id"]): q.row for q in queries if q.condition == "P&L" + EQUAL}
@@ -171,13 +171,9 @@ def _beside(system: Checkpoint, suite: str, queries: list[Query], table: list[di
         system.prepare(silent)
         found += direct(silent, system.hear(silent), suite)
     if suite == "asr" and bench.transcribe:
-        rows = list(clips.values()) + silent
-        said = [{"heard": bench.transcribe(row), "attributes": None} for row in rows]
-        found += direct(rows, said, suite, "Whisper's decoder")
+        found += _by_whisper([*clips.values(), *silent], suite, bench)
     if suite in ("attributes", "disentanglement") and clips:
-        corpora = {row["corpus"] for row in clips.values()}
-        train = [row for row in table if row["split"] == "train" and row["audio"] and row["corpus"] in corpora]
-        if train:
+        if train := _training(bench, clips.values()):
             system.prepare(train)
             branches = ("P branch",) if system.words_as_text else ("P branch", "L branch")
             sources = ("encoder",) if suite == "attributes" else branches
@@ -187,7 +183,19 @@ def _beside(system: Checkpoint, suite: str, queries: list[Query], table: list[di
     return found
 
 
-def _hearing(system: Checkpoint, table: list[dict], bench: Bench) -> Iterator[dict]:
+def _training(bench: Bench, clips: Iterable[dict]) -> list[dict]:
+    """Training rows of the clips' corpora: what probes learn from."""
+    corpora = {row["corpus"] for row in clips}
+    return [row for row in bench.train if row["audio"] and row["corpus"] in corpora]
+
+
+def _by_whisper(rows: list[dict], suite: str, bench: Bench) -> Iterator[dict]:
+    """Records of what Whisper's own decoder hears."""
+    said = [{"heard": bench.transcribe(row), "attributes": None} for row in rows]
+    return direct(rows, said, suite, "Whisper's decoder")
+
+
+def _hearing(system: Checkpoint, bench: Bench) -> Iterator[dict]:
     """Records of the suite `hearing`: of all clips what the branches hear, what Whisper's decoder hears, and probes."""
     asks = bool(system.processor.attribute_questions)  # the LLM, for each clip and label
     bench = replace(bench, limit=bench.limit if asks else None)  # without it, all clips cost little
@@ -195,13 +203,11 @@ def _hearing(system: Checkpoint, table: list[dict], bench: Bench) -> Iterator[di
     voices = list({(row["corpus"], row["id"]): row for row in known}.values())
     level = [row | {"loudness": LOUDNESS} for row in voices if row["emotion"]]
     words = [] if system.words_as_text else bench.clips("asr") + bench.silent_clips()
-    corpora = {row["corpus"] for row in voices}
-    train = [row for row in table if row["split"] == "train" and row["audio"] and row["corpus"] in corpora]
+    train = _training(bench, voices)
     system.prepare(voices + level + words + train)
     found = list(direct(words, system.hear(words), "asr"))
     if words and bench.transcribe:
-        said = [{"heard": bench.transcribe(row), "attributes": None} for row in words]
-        found += direct(words, said, "asr", "Whisper's decoder")
+        found += _by_whisper(words, "asr", bench)
     found += direct(voices, system.hear(voices), "attributes")
     found += direct(level, system.hear(level), "attributes", only="emotion")
     if train:

@@ -55,7 +55,7 @@ class Bench:
         words_as_text: the system has no linguistic adapter: its linguistic branch is the transcript.
         facts: attributes that prompts tell in words.
         tasks: that the system was made for; others are not asked.
-        train: rows of the training split, whose text twins teach the classifier of `style`.
+        train: rows of the training split: probes and the classifier of `style` learn from them.
     """
 
     rows: list[dict]
