@@ -479,6 +479,11 @@ class DualSLMTargetOutput(ModelOutput):
     num_positions: int | None = None
     num_constant_positions: int | None = None
 
+    def target_log_probs(self) -> torch.Tensor:
+        """(B, K), the log-probability of each target; 0 where there is none."""
+        log_probs = self.logits.float().log_softmax(-1).gather(-1, self.labels.clamp(min=0)[..., None])[..., 0]
+        return log_probs.masked_fill(self.labels == -100, 0.0)
+
 
 class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """A frozen speech encoder and a frozen LLM joined by two adapters; only the adapters are trained and saved.

@@ -26,7 +26,7 @@ import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, recall_score
 
 from conftest import _tokenizer, make_model, tone
-from dual_slm import DualSLMForConditionalGeneration
+from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
 from dual_slm.modeling_dual_slm import resolve_backbone
 from dual_slm.training.backbones import ASSETS
 from dual_slm.training.corpora.schema import make_row, read_table, write_table
@@ -240,6 +240,38 @@ def test_what_the_branches_hear_is_scored_for_each_corpus(whole):
     """Ids are unique within a corpus alone."""
     for corpus in ("read", "acted"):
         assert figure(whole[1], "attributes", corpus, "gender", "heard", "accuracy")["samples"] == 2
+
+
+def test_the_loss_of_the_right_answer_is_the_llms_own(whole, checkpoint, data):
+    """One clip at a time, by the plain forward with labels."""
+    folder, result = whole
+    model = DualSLMForConditionalGeneration.from_pretrained(checkpoint)
+    processor = DualSLMProcessor.from_pretrained(checkpoint)
+    system, table = Checkpoint(model, processor, folder / "features"), list(read_table(data))
+    bench = Bench([r for r in table if r["split"] == "test"], label_sets(table), tuple(CONDITIONS), limit=2)
+    found = {(r["task"], r["corpus"], r["id"], r["condition"]): r for r in records_of(folder, "disentanglement")}
+    queries = [q for q in disentanglement(bench) if q.condition in ("P&L", "P only", "L only", "none")]
+    total, tokens = 0.0, 0
+    for query in queries:
+        how, what = query.sources()
+        audio = system.features([query.voice] if how == "speech" else [], [query.row] if what == "speech" else [])
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        prompt = processor.apply_chat_template(query.sample.messages, **options)["input_ids"]
+        answer = query.sample.target + processor.tokenizer.eos_token
+        target = processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids, labels = torch.cat([prompt, target], 1), torch.cat([torch.full_like(prompt, -100), target], 1)
+        with torch.no_grad():
+            whole_loss = model(
+                ids, attention_mask=torch.ones_like(ids), labels=labels, audio_features=audio
+            ).loss.item()
+        entry = found[query.sample.task, query.row["corpus"], query.row["id"], query.condition]
+        assert entry["tokens"] == target.shape[1]
+        assert entry["nats"] / entry["tokens"] == pytest.approx(whole_loss, rel=1e-4)
+        if (query.sample.task, query.row["corpus"], query.condition) == ("gender", "read", "P&L"):
+            total, tokens = total + whole_loss * target.shape[1], tokens + target.shape[1]
+    assert len(queries) > 20
+    value = figure(result, "disentanglement", "read", "gender", "P&L", "answer loss")["value"]
+    assert value == pytest.approx(total / tokens, rel=1e-4)
 
 
 def test_hearing_asks_every_clip_and_agrees_with_the_limited_suites(whole):

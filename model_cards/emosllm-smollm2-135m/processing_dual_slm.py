@@ -615,10 +615,7 @@ class DualSLMProcessor(ProcessorMixin):
             audio_features=copies,
             only_targets=True,
         )
-        log_probs = output.logits.float().log_softmax(-1)
-        known = output.labels != -100
-        scores = log_probs.gather(-1, output.labels.clamp(min=0)[..., None])[..., 0].masked_fill(~known, 0.0).sum(-1)
-        return scores.softmax(0).tolist()
+        return output.target_log_probs().sum(-1).softmax(0).tolist()
 
     def ask_attributes(self, model, part: dict, audio_features=None) -> dict[str, dict[str, float]] | None:
         """The probability of each label of each attribute, by asking the LLM the checkpoint's `attribute_questions`.

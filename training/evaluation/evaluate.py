@@ -19,7 +19,7 @@ from ...modeling_dual_slm import resolve_backbone
 from ..attributes import Thresholds
 from ..corpora.schema import read_table
 from ..journal import Journal, write_json, write_text
-from ..tasks import ATTRIBUTES, label_sets
+from ..tasks import ATTRIBUTES, TASKS, label_sets
 from . import report as reports
 from .judges import judge, load_judge
 from .probes import probe, told_apart
@@ -150,9 +150,21 @@ def _answer(system: System, queries: list[Query], journal: Journal) -> Iterable[
                 journal.add(group)
                 group = {}
         journal.add(group)
+    if isinstance(system, Checkpoint):
+        _weigh(system, queries, journal)
     for query in queries:
         if query.key in journal.values:
-            yield record(query, journal.values[query.key], system.prompt(query))
+            found = record(query, journal.values[query.key], system.prompt(query))
+            if (loss := journal.values.get(f"loss/{query.key}")) is not None:
+                found["nats"], found["tokens"] = loss
+            yield found
+
+
+def _weigh(system: Checkpoint, queries: list[Query], journal: Journal) -> None:
+    """Losses of the right answers, where there is one: words and labels."""
+    held = {query.key: query for query in queries if query.sample.task in TASKS and query.sample.task != "dialogue"}
+    todo = [query for key, query in held.items() if f"loss/{key}" not in journal.values]
+    journal.add({f"loss/{query.key}": loss for query, loss in system.losses(todo)})
 
 
 def _beside(system: Checkpoint, suite: str, queries: list[Query], bench: Bench) -> list[dict]:
@@ -290,7 +302,7 @@ def compared(first: str | Path, second: str | Path) -> str:
     lines = [f"| suite, corpus, task, condition | figure | {first} | {second} | difference (95 %) | samples |"]
     lines.append("|---|---|---|---|---|---|")
     for d in differences:
-        if d["metric"] not in (*reports.HEADLINE, "unweighted accuracy") and not d["judge"]:
+        if d["metric"] not in reports.SUMMARY and not d["judge"]:
             continue
         a, b, gap = (reports.show(d[name], d["metric"]) for name in ("first", "second", "difference"))
         interval = (
@@ -311,17 +323,21 @@ def averaged(folders: list[str | Path]) -> str:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no finished evaluation (report.json).")
         for f in json.loads(path.read_text(encoding="utf-8"))["figures"]:
-            if f["metric"] in (*reports.HEADLINE, "unweighted accuracy"):
+            if f["metric"] in reports.SUMMARY:
                 place = (f["suite"], f["corpus"], f["task"], f["metric"], f["condition"])
                 values.setdefault(place, []).append(f["value"])
     conditions = list(dict.fromkeys(place[-1] for place in values))
-    lines = [f"| {len(folders)} evaluations: mean ± standard deviation, % | " + " | ".join(conditions) + " |"]
+    lines = [
+        f"| {len(folders)} evaluations: mean ± standard deviation (% but for losses) | "
+        + " | ".join(conditions)
+        + " |"
+    ]
     lines.append("|---" * (len(conditions) + 1) + "|")
     for place in dict.fromkeys(place[:-1] for place in values):
         cells = []
         for condition in conditions:
-            found = [100 * value for value in values.get((*place, condition), [])]
-            spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-            cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "")
+            found, metric = values.get((*place, condition), []), place[-1]
+            spread = f" ± {reports.show(statistics.stdev(found), metric)}" if len(found) > 1 else ""
+            cells.append(f"{reports.show(statistics.mean(found), metric)}{spread}" if found else "")
         lines.append(f"| {', '.join(place)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from . import metrics
 PERCENT = {"WER", "accuracy", "unweighted accuracy", "macro F1", "weighted F1", "unparsed", "majority class", "share"}
 PERCENT |= {"names the other clip's label", "WER against the other clip", "calibration error"}
 HEADLINE = ("WER", "accuracy", "share")
+SUMMARY = (*HEADLINE, "unweighted accuracy", "answer loss")  # of comparisons and means over seeds
 CARD_WARNINGS = 8
 HEARING = ("P&L", "P only", "heard")  # conditions that must beat the most frequent label
 
@@ -51,6 +52,11 @@ def tallies_of(records: list[dict]) -> dict[str, tuple[np.ndarray, metrics.Figur
         return np.stack([tally(group) for group in speakers])
 
     first, found = records[0], {}
+    if "nats" in first:  # of a token of the right answer
+        found["answer loss"] = (
+            stack(lambda g: np.array([sum(r["nats"] for r in g), sum(r["tokens"] for r in g)])),
+            metrics.ratio,
+        )
     if "words" in first:
         found["WER"] = (
             stack(lambda g: np.array([sum(r["errors"] for r in g), sum(r["words"] for r in g)])),

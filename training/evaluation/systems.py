@@ -5,7 +5,7 @@ A new system is a class with `name`, `conditions` and `reply(queries)`.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ...processing_dual_slm import SOURCES
 from ..backbones import transcriber
+from ..collator import DualSLMCollator
 from ..features import FeatureStore, load_row
 from ..tasks import Sample
 
@@ -133,24 +134,42 @@ class Checkpoint:
         order = sorted(queries, key=lambda q: (q.max_new_tokens, q.sample.duration or 0.0))
         for start in tqdm(range(0, len(order), self.batch_size), desc="replies", unit=" batches"):
             part = order[start : start + self.batch_size]
-            sources = [query.sources() for query in part]
-            voices = [q.voice for q, (how, _) in zip(part, sources, strict=True) if how == "speech"]
-            rows = [q.row for q, (_, what) in zip(part, sources, strict=True) if what == "speech"]
             inputs = self.processor.apply_chat_template(
                 [self._conversation(query) for query in part],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
             ).to(self.model.device)
-            audio = self.features(voices, rows)
             output = self.model.generate(
                 **inputs,
-                audio_features=audio,
+                audio_features=self._heard(part),
                 max_new_tokens=max(q.max_new_tokens for q in part),
                 do_sample=False,
             )
             for query, ids in zip(part, output[:, inputs["input_ids"].shape[1] :], strict=True):
                 yield query, self.processor.decode(ids[: query.max_new_tokens], skip_special_tokens=True).strip()
+
+    @torch.inference_mode()
+    def losses(self, queries: list[Query]) -> Iterator[tuple[Query, tuple[float, int]]]:
+        """Of each query the loss of the right answer in nats, all its tokens together, and how many these are: it tells
+        systems apart whose replies are both wrong."""
+        collator = DualSLMCollator(self.processor)
+        order = sorted(queries, key=lambda q: q.sample.duration or 0.0)
+        for start in tqdm(range(0, len(order), self.batch_size), desc="losses", unit=" batches"):
+            part = order[start : start + self.batch_size]
+            batch = collator([replace(q.sample, messages=self._conversation(q)) for q in part])
+            batch = {name: value.to(self.model.device) for name, value in batch.items()}
+            output = self.model(**batch, audio_features=self._heard(part), only_targets=True)
+            losses, counts = -output.target_log_probs().sum(-1), (output.labels != -100).sum(-1)
+            for query, loss, count in zip(part, losses.tolist(), counts.tolist(), strict=True):
+                yield query, (round(loss, 4), count)
+
+    def _heard(self, queries: list[Query]):
+        """The adapters' outputs for the branches of the queries that come from speech."""
+        sources = [query.sources() for query in queries]
+        voices = [q.voice for q, (how, _) in zip(queries, sources, strict=True) if how == "speech"]
+        rows = [q.row for q, (_, what) in zip(queries, sources, strict=True) if what == "speech"]
+        return self.features(voices, rows)
 
     def _conversation(self, query: Query) -> list[dict]:
         """The messages with the length of the clip in place of its audio."""
