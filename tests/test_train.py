@@ -1,5 +1,6 @@
 """Training through the LLM: sources, batches, exact resume, two processes, recipes and their refusals."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -179,7 +180,10 @@ def _kill_after(process: subprocess.Popen, reached) -> None:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.time() < limit
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
+    with contextlib.suppress(
+        ProcessLookupError
+    ):  # the launcher's group where it has one, with the processes it started
+        (os.killpg if os.getpgid(process.pid) == process.pid else os.kill)(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -256,6 +260,32 @@ def test_two_processes_do_what_one_does(tiny_backbones, tmp_path):
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=2e-3, atol=2e-4)
+
+
+def test_two_processes_resume_to_the_same_bits_in_a_later_epoch(tiny_backbones, tmp_path):
+    """Both are killed in the second pass over the data; what follows must be its batches, not the first pass's again."""
+    recipe = world(tmp_path, tiny_backbones, warm_start={"enabled": False})
+    values = yaml.safe_load(recipe.read_text())
+    values["stages"] = [values["stages"][1] | {"max_steps": 8}]
+    values["train"] |= {"eval_steps": 5, "save_steps": 5}
+    recipe.write_text(yaml.safe_dump(values))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29518"]
+    command = [sys.executable, *launch, "-m", "dual_slm.training.cli", "train", "--recipe", str(recipe), "--output"]
+    options = {"capture_output": True, "text": True, "env": environment, "timeout": 300}
+    whole = subprocess.run([*command, str(tmp_path / "whole")], **options)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    log = json.loads((tmp_path / "whole/stage-1-disentangle/log.json").read_text())
+    assert 1 < next(entry["epoch"] for entry in log if entry["step"] == 5) < 2
+
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], start_new_session=True, **silent)
+    _kill_after(process, (tmp_path / "killed/stage-1-disentangle/checkpoint-5/complete").exists)
+    assert not (tmp_path / "killed/final").exists()
+    resumed = subprocess.run([*command, str(tmp_path / "killed"), "--resume"], **options)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    expected, found = (load_file(tmp_path / name / "final/model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 # ---- batches and losses ----------------------------------------------------------------------------------------------
