@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import soundfile
 import torch
@@ -180,11 +180,12 @@ def _kill_after(process: subprocess.Popen, reached) -> None:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.time() < limit
         time.sleep(0.002)
-    with contextlib.suppress(
-        ProcessLookupError
-    ):  # the launcher's group where it has one, with the processes it started
-        (os.killpg if os.getpgid(process.pid) == process.pid else os.kill)(process.pid, signal.SIGKILL)
+    started = psutil.Process(process.pid).children(recursive=True)  # a launcher's, which would go on without it
+    for each in (process, *started):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
     process.wait()
+    psutil.wait_procs(started)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +280,7 @@ def test_two_processes_resume_to_the_same_bits_in_a_later_epoch(tiny_backbones, 
     assert 1 < next(entry["epoch"] for entry in log if entry["step"] == 5) < 2
 
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], start_new_session=True, **silent)
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], **silent)
     _kill_after(process, (tmp_path / "killed/stage-1-disentangle/checkpoint-5/complete").exists)
     assert not (tmp_path / "killed/final").exists()
     resumed = subprocess.run([*command, str(tmp_path / "killed"), "--resume"], **options)
