@@ -24,12 +24,12 @@ from conftest import LABELS, make_model, tone
 from dual_slm import DualSLMForConditionalGeneration
 from dual_slm.training.alignment import score_targets
 from dual_slm.training.collator import DualSLMCollator, TrainingCollator
-from dual_slm.training.corpora.schema import make_row, write_table
+from dual_slm.training.corpora.schema import make_row, read_table, write_table
 from dual_slm.training.err import Sources, draw_sources
 from dual_slm.training.features import FeatureStore
 from dual_slm.training.recipe import RECIPES, StageRecipe, load_recipe
+from dual_slm.training.run import load_data, run, take_linguistic, warm_start
 from dual_slm.training.run import make_model as training_model
-from dual_slm.training.run import run, take_linguistic
 from dual_slm.training.trainer import (
     BucketSampler,
     DualSLMTrainer,
@@ -297,8 +297,6 @@ def bench(request, tiny_backbones, tmp_path_factory):
     """(model, processor, store, rows) with cached features."""
     folder = tmp_path_factory.mktemp("bench")
     world(folder, tiny_backbones, clips=12)
-    from dual_slm.training.corpora.schema import read_table
-
     model, processor = make_model(tiny_backbones, kind=request.param)
     rows = list(read_table(folder / "t.parquet"))
     store = FeatureStore(folder / "features", model.config)
@@ -457,6 +455,36 @@ def test_a_stage_repeats_the_rows_of_a_rare_corpus(bench):
     dataset = StageDataset([*rows, *rare], stage(repeat={"rare": 3}), seed=1)
     counts = Counter(row["id"] for row in dataset.rows)
     assert all(counts[row["id"]] == 1 for row in rows) and all(counts[row["id"]] == 3 for row in rare)
+
+
+def test_a_clip_that_lends_its_voice_teaches_no_words(tiny_backbones, tmp_path, monkeypatch):
+    """`data.voice_of`: the words of such rows are others, so they are text in every stage, and no target of CTC or ASR."""
+    recipe = load_recipe(str(world(tmp_path, tiny_backbones)))
+    (table,) = recipe.data.tables
+    lent = [r | {"id": f"{r['id']}/v", "corpus": "lent", "transcript": "hello lazy fox"} for r in read_table(table)]
+    write_table(lent, tmp_path / "lent.parquet")
+    recipe.data.tables, recipe.data.voice_of = [table, str(tmp_path / "lent.parquet")], ["lent"]
+    data = load_data(recipe, tmp_path / "run")
+    rows = [row for row in data.train if row["corpus"] == "lent"]
+    assert len(rows) == len(data.train) / 2
+    for about in recipe.stages:
+        dataset = StageDataset(rows, replace(about, tasks={"asr": 3, "emotion": 1, "dialogue": 1}), seed=1)
+        items = [dataset[epoch, index] for epoch in range(3) for index in range(len(rows))]
+        assert {item.sources for item in items} == {Sources("speech", "transcript", True, False)}
+        assert {item.sample.task for item in items} == {"emotion", "dialogue"}
+    model, processor = training_model(recipe)
+    store = FeatureStore(tmp_path / "features", model.config)
+    store.build(data.train + data.validation, model, processor)
+    recipe.warm_start.steps, recipe.warm_start.caption_steps, spoken = [1, 1], 0, []
+
+    def train_linguistic(model, store, rows, *args, **kwargs):
+        spoken.extend(rows)
+        return []
+
+    monkeypatch.setattr("dual_slm.training.run.train_linguistic", train_linguistic)
+    warm_start(recipe, tmp_path, model, processor, store, data)
+    assert spoken
+    assert all(row["corpus"] == "c" for row in spoken)
 
 
 def test_batches_hold_rows_whose_histories_are_cut_to_similar_lengths(bench):

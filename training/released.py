@@ -27,6 +27,10 @@ from .journal import Journal
 # Energy is cut by tertiles of RAVDESS's and LibriSpeech's training clips: by TextrolSpeech's borders 93 % of RAVDESS is
 # low. Pitch and tempo have TextrolSpeech's.
 THRESHOLDS = Thresholds(energy=(0.01274, 0.03689))
+MOOD = (
+    "You are a caring friend. Your friend sounds {emotion}. Answer in one or two short sentences, and react to the {emotion} "
+    "mood first."
+)
 SYNTHETIC_VOICES = 3_000  # synthetic clips that are measured, to teach how a voice sounds; all teach words
 FOLDERS = ("librispeech_subset", "librispeech_4spk", "vctk_subset", "asterisk_prompts", "read_misc", "ravdess")
 FOLDERS += ("fsdd_subset", "dailytalk_samples")
@@ -84,19 +88,35 @@ def labelled(rows: Iterable[dict], table: Path) -> None:
         print(f"{count:,} rows in {table}" + (f"\n{report}" if report else ""), flush=True)
 
 
-def answered(tables: Iterable[Path], count: int, table: Path) -> None:
-    """The frozen LLM's replies to `count` of the labelled clips, train and validation, in their tables' own rows."""
-    rows = [row for path in tables for row in read_table(path) if row["split"] != "test" and row["caption"]]
-    rows = sorted(rows, key=lambda row: share(row["id"]))[:count]
-    if not table.is_file():
-        config = AlignmentConfig(max_new_tokens=48, repetition_penalty=1.1, batch_size=32)
-        report, journal = Report(), Journal(f"{table}.replies.jsonl")
-        found = [
-            row | {"id": f"{row['id']}/answered", "corpus": f"{row['corpus']}-answered"}
-            for row in align_rows(rows, Aligner("smollm2-135m-instruct", config, dtype="bfloat16"), journal, report)
-            if row["response"]
-        ]
-        print(f"{write_table(found, table):,} rows in {table}\n{report}", flush=True)
+def voices(clips: Iterable[dict], texts: Iterable[str], copies: int) -> Iterator[dict]:
+    """Rows that lend the clips' voices to other words (`data.voice_of`): two sentences are too few to learn to reply by."""
+    texts = sorted((text for text in texts if 4 <= len(text.split()) <= 14), key=share)
+    for copy in range(copies):
+        for number, row in enumerate(sorted(clips, key=lambda row: share(row["id"]))):
+            text = texts[(number + copy * len(texts) // copies) % len(texts)]
+            yield row | {"id": f"{row['id']}/{copy}", "corpus": f"{row['corpus']}-voice", "transcript": text}
+
+
+def answered(out: Path, texts: dict[str, list[str]]) -> None:
+    """answered.parquet: the frozen LLM's replies to RAVDESS's clips, to their voices with other words of the same split, and
+    to synthetic clips, whose emotion nobody knows. The LLM is told the mood: captions it answers by talking about them."""
+    table = out / "answered.parquet"
+    if table.is_file():
+        return
+    rows = []
+    for split in ("train", "validation"):
+        acted = [row for row in read_table(out / "ravdess.parquet") if row["split"] == split]
+        spoken = [row for row in read_table(out / "synthetic.parquet") if row["split"] == split]
+        rows += acted + list(voices(acted, texts[split], 2))
+        rows += sorted(spoken, key=lambda row: share(row["id"]))[: 400 if split == "train" else 30]
+    config = AlignmentConfig(max_new_tokens=40, repetition_penalty=1.1, batch_size=32, mood=MOOD)
+    report, journal = Report(), Journal(f"{table}.replies.jsonl")
+    found = [
+        row | {"id": f"{row['id']}/answered", "corpus": f"{row['corpus']}-answered"}
+        for row in align_rows(rows, Aligner("smollm2-135m-instruct", config, dtype="bfloat16"), journal, report)
+        if row["response"]
+    ]
+    print(f"{write_table(found, table):,} rows in {table}\n{report}", flush=True)
 
 
 def release(run: Path, card: Path) -> None:
@@ -142,7 +162,8 @@ def main() -> None:
         build(list(sentences(data)), out / "synthetic", args.hours, args.seed)
     spoken = list(read(out / "synthetic", Report()))
     labelled(spoken[:SYNTHETIC_VOICES], out / "synthetic.parquet")
-    answered([out / "ravdess.parquet", out / "synthetic.parquet"], 480, out / "answered.parquet")
+    turns = [row for row in read_table(out / "dailytalk.parquet") if row["transcript"]]
+    answered(out, {s: [t["transcript"] for t in turns if t["split"] == s] for s in ("train", "validation")})
     if not (out / "synthetic_words.parquet").is_file():
         write_table(check_rows(spoken[SYNTHETIC_VOICES:], Report()), out / "synthetic_words.parquet")
 

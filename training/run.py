@@ -157,6 +157,7 @@ def load_data(recipe: Recipe, folder: Path, thresholds: dict | None = None) -> D
     if about.synthesise_hours > 0:
         tables.append(_synthesised(recipe, folder))
     rows = _with_audio(read_table(*tables), about)
+    rows = [row | {"voice_only": row["corpus"] in about.voice_of} for row in rows]
     starts = recipe.warm_start.enabled and not recipe.model.start_from and recipe.warm_start.tables
     words = _with_audio(read_table(*recipe.warm_start.tables), about) if starts else []
     if about.histories:
@@ -307,8 +308,9 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
             evaluate_every=min(100, max(1, about.caption_steps // 3)),
             checkpoint=folder / "queries.pt",
         )
-    spoken = [row for row in data.train + data.words if row["transcript"]]
-    heard = [row for row in data.validation if row["corpus"] != "ravdess" and normalize(row["transcript"] or "")][:64]
+    spoken = [row for row in data.train + data.words if row["transcript"] and not row.get("voice_only")]
+    heard = [row for row in data.validation if row["corpus"] != "ravdess" and normalize(row["transcript"] or "")]
+    heard = [row for row in heard if not row["voice_only"]][:64]
     words = training_texts(data.train + data.words)
     if about.linguistic_from:
         take_linguistic(model, Path(about.linguistic_from))
@@ -363,7 +365,7 @@ def validation_items(dataset: StageDataset, rows: list[dict], limit: int) -> lis
             if number < len(able[task]):
                 item = dataset.item(able[task][number], task)
                 heard = item.sources._replace(paralinguistic="speech", linguistic="speech")
-                sources = with_stage_sources(heard, dataset.stage, bool(item.row["transcript"]))
+                sources = with_stage_sources(heard, dataset.stage, item.row)
                 items.append(Item(item.sample, item.row, sources))
         number += 1
     return sorted(items[:limit], key=lambda item: item.sample.duration or 0.0)

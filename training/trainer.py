@@ -74,7 +74,7 @@ class StageDataset(Dataset):
             has_caption="caption" in part,
             has_transcript="transcript" in part,
         )
-        sources = with_stage_sources(sources, self.stage, "transcript" in part)
+        sources = with_stage_sources(sources, self.stage, row)
         teacher = self.teacher(row["id"]) if self.teacher is not None and task == "dialogue" else None
         return Item(sample, row, sources, teacher)
 
@@ -97,14 +97,17 @@ def balance(rows: list[dict], seed: int) -> list[dict]:
     return [group[n % len(group)] for _, group in sorted(groups.items(), key=str) for n in range(most)]
 
 
-def with_stage_sources(sources: Sources, stage: StageRecipe, has_transcript: bool = True) -> Sources:
-    """What a stage has in the place of speech: the transcript as text (EmoSLLM), or nothing (ablations)."""
+def with_stage_sources(sources: Sources, stage: StageRecipe, row: dict) -> Sources:
+    """What a stage has in the place of speech: the transcript as text (EmoSLLM), or nothing (ablations). A row that lends
+    its voice alone (`data.voice_of`) always has its words as text."""
     how, what, train_how, train_what = sources
+    if row.get("voice_only"):
+        how, what, train_how, train_what = "speech", "transcript", True, False
     if stage.paralinguistic_source == "none":
         how, train_how = "none", False
     if stage.linguistic_source != "speech":
         train_what = False
-        if stage.linguistic_source == "none" or not has_transcript:
+        if stage.linguistic_source == "none" or not row["transcript"]:
             what = "none"
         elif what == "speech":
             what = "transcript"
