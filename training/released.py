@@ -16,7 +16,6 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from .alignment import Aligner, AlignmentConfig, align_rows
 from .attributes import Thresholds, label_row, measure_rows, write_thresholds
 from .corpora import dailytalk, styletalk
 from .corpora.folder import read, read_folder
@@ -27,10 +26,13 @@ from .journal import Journal
 # Energy is cut by tertiles of RAVDESS's and LibriSpeech's training clips: by TextrolSpeech's borders 93 % of RAVDESS is
 # low. Pitch and tempo have TextrolSpeech's.
 THRESHOLDS = Thresholds(energy=(0.01274, 0.03689))
-MOOD = (
-    "You are a caring friend. Your friend sounds {emotion}. Answer in one or two short sentences, and react to the {emotion} "
-    "mood first."
-)
+STYLES = {  # StyleTalk's -> emotions of RAVDESS that say it, and in how many voices each such turn comes
+    "neutral": (("neutral",), 1),
+    "friendly": (("calm", "happy"), 1),
+    "cheerful": (("happy",), 8),
+    "sad": (("sad",), 12),
+    "unfriendly": (("angry", "disgust"), 4),
+}
 SYNTHETIC_VOICES = 3_000  # synthetic clips that are measured, to teach how a voice sounds; all teach words
 FOLDERS = ("librispeech_subset", "librispeech_4spk", "vctk_subset", "asterisk_prompts", "read_misc", "ravdess")
 FOLDERS += ("fsdd_subset", "dailytalk_samples")
@@ -88,35 +90,24 @@ def labelled(rows: Iterable[dict], table: Path) -> None:
         print(f"{count:,} rows in {table}" + (f"\n{report}" if report else ""), flush=True)
 
 
-def voices(clips: Iterable[dict], texts: Iterable[str], copies: int) -> Iterator[dict]:
-    """Rows that lend the clips' voices to other words (`data.voice_of`): two sentences are too few to learn to reply by."""
-    texts = sorted((text for text in texts if 4 <= len(text.split()) <= 14), key=share)
-    for copy in range(copies):
-        for number, row in enumerate(sorted(clips, key=lambda row: share(row["id"]))):
-            text = texts[(number + copy * len(texts) // copies) % len(texts)]
-            yield row | {"id": f"{row['id']}/{copy}", "corpus": f"{row['corpus']}-voice", "transcript": text}
-
-
-def answered(out: Path, texts: dict[str, list[str]]) -> None:
-    """answered.parquet: the frozen LLM's replies to RAVDESS's clips, to their voices with other words of the same split, and
-    to synthetic clips, whose emotion nobody knows. The LLM is told the mood: captions it answers by talking about them."""
-    table = out / "answered.parquet"
-    if table.is_file():
-        return
-    rows = []
-    for split in ("train", "validation"):
-        acted = [row for row in read_table(out / "ravdess.parquet") if row["split"] == split]
-        spoken = [row for row in read_table(out / "synthetic.parquet") if row["split"] == split]
-        rows += acted + list(voices(acted, texts[split], 2))
-        rows += sorted(spoken, key=lambda row: share(row["id"]))[: 400 if split == "train" else 30]
-    config = AlignmentConfig(max_new_tokens=40, repetition_penalty=1.1, batch_size=32, mood=MOOD)
-    report, journal = Report(), Journal(f"{table}.replies.jsonl")
-    found = [
-        row | {"id": f"{row['id']}/answered", "corpus": f"{row['corpus']}-answered"}
-        for row in align_rows(rows, Aligner("smollm2-135m-instruct", config, dtype="bfloat16"), journal, report)
-        if row["response"]
-    ]
-    print(f"{write_table(found, table):,} rows in {table}\n{report}", flush=True)
+def styled_dialogues(data: Path, clips: list[dict]) -> Iterator[dict]:
+    """StyleTalk's turns and its answers to them, in voices of RAVDESS: the corpus tells the style of a turn and has no audio
+    here, so a clip of that emotion and split lends its voice (`data.voice_of`). Rare styles come in several voices; every
+    second row has no history."""
+    splits = {
+        "train": "train",
+        "test": "validation",
+    }  # validation actors for its test turns: RAVDESS's test actors stay out
+    for row in styletalk.read(data / "metadata/StyleTalk", Report()):
+        emotions, copies = STYLES[row["emotion"]]
+        split = splits[row["split"]]
+        able = [clip for clip in clips if clip["split"] == split and clip["emotion"] in emotions]
+        for copy in range(copies if split == "train" else 1):
+            name = f"{row['id']}/{copy}"
+            voice = able[int(share(name) * len(able))]
+            words = {"transcript": row["transcript"], "response": row["response"], "response_complete": True}
+            words["history"] = row["history"] if share(name, 1) < 0.5 else []
+            yield voice | words | {"id": name, "corpus": "styletalk-voice"}
 
 
 def release(run: Path, card: Path) -> None:
@@ -162,8 +153,8 @@ def main() -> None:
         build(list(sentences(data)), out / "synthetic", args.hours, args.seed)
     spoken = list(read(out / "synthetic", Report()))
     labelled(spoken[:SYNTHETIC_VOICES], out / "synthetic.parquet")
-    turns = [row for row in read_table(out / "dailytalk.parquet") if row["transcript"]]
-    answered(out, {s: [t["transcript"] for t in turns if t["split"] == s] for s in ("train", "validation")})
+    if not (out / "styletalk_voice.parquet").is_file():
+        write_table(styled_dialogues(data, list(read_table(out / "ravdess.parquet"))), out / "styletalk_voice.parquet")
     if not (out / "synthetic_words.parquet").is_file():
         write_table(check_rows(spoken[SYNTHETIC_VOICES:], Report()), out / "synthetic_words.parquet")
 
