@@ -640,7 +640,10 @@ def plan(recipe: Recipe, output: str | Path) -> str:
         lines.append(f"data      {train:,} training clips with augmented copies, {hours:.2f} h of audio in all splits")
     if recipe.warm_start.enabled:
         steps = " + ".join(map(str, recipe.warm_start.steps))
-        lines.append(f"stage 0   {steps} CTC steps, {recipe.warm_start.caption_steps} caption steps")
+        more = read_table(*recipe.warm_start.tables) if recipe.warm_start.tables else []
+        more = [row for row in more if row["audio"] and row["split"] == "train"]
+        also = f"; {len(more):,} clips more, {sum(row['duration'] or 0 for row in more) / 3600:.2f} h" if more else ""
+        lines.append(f"stage 0   {steps} CTC steps, {recipe.warm_start.caption_steps} caption steps{also}")
     if not rows:  # about 4 s a clip
         train = int(recipe.data.synthesise_hours * 900 * 0.85)
         rows = [{"transcript": "x" * 50, "history": [], "response": "x" * 100, "split": "train"}]
