@@ -190,6 +190,22 @@ def test_masked_adaptive_average_equals_torchs_on_each_length():
         torch.testing.assert_close(pooled[row], expected)
 
 
+def test_a_new_residual_adds_nothing(tiny_backbones):
+    """Of both branches: a fresh model with them says what it would say without."""
+    fields = {"paralinguistic_soft_residual": True, "linguistic_soft_residual": True}
+    plain, processor = make_model(tiny_backbones, kind="warm")
+    model, _ = make_model(tiny_backbones, kind="warm", **fields)
+    for branch in ("paralinguistic_adapter", "linguistic_adapter"):
+        assert not getattr(model, branch).residual.weight.any()
+        assert getattr(model, branch).residual.weight.requires_grad
+        getattr(model, branch).load_state_dict(getattr(plain, branch).state_dict(), strict=False)
+    inputs = processor.extract_features([tone(1.2, 3)])
+    with torch.inference_mode():
+        features, expected = model.get_audio_features(**inputs), plain.get_audio_features(**inputs)
+    assert torch.equal(features.paralinguistic_embeds, expected.paralinguistic_embeds)
+    assert torch.equal(features.linguistic_embeds, expected.linguistic_embeds)
+
+
 def test_ctc_compression_drops_blanks_and_merges_repeats(warm):
     """Against the definition, on outputs that point at embedding rows: a a _ a b b _ -> a a b."""
     model, _ = warm

@@ -321,6 +321,18 @@ def test_alignment_answers_as_the_llm_does_alone(tiny_backbones, tmp_path):
         )
 
 
+def test_the_mood_is_told_in_the_place_of_the_caption(tiny_backbones):
+    """The LLM reads the emotion in a system prompt; the row keeps the one that it is trained under."""
+    aligner = Aligner(tiny_backbones[1], AlignmentConfig(mood="Your friend sounds {emotion}."))
+    sad = row("1", transcript="the quick fox", emotion="sad", caption="(sad voice)", system="Be kind.")
+    system, prompt = aligner.prompt(sad)
+    assert system == "Be kind."
+    assert "Your friend sounds sad." in prompt and "the quick fox" in prompt
+    assert "Be kind." not in prompt and "(sad voice)" not in prompt
+    _, unknown = aligner.prompt(sad | {"emotion": None})
+    assert "Be kind." in unknown and "sounds" not in unknown and "(sad voice)" not in unknown
+
+
 def test_a_killed_alignment_resumes_to_the_same_bytes(tiny_backbones, tmp_path):
     rows = [
         row(str(n), transcript="the quick fox " * (1 + n % 7) + str(n), history=HISTORY[: n % 4]) for n in range(60)

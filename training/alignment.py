@@ -32,6 +32,9 @@ class AlignmentConfig:
     repetition_penalty: float = 1.0  # a small LLM that runs in circles needs about 1.1
     batch_size: int = 16
     seed: int = 0
+    mood: str | None = (
+        None  # system prompt with {emotion} that the LLM has instead of captions: for one that talks about those
+    )
 
 
 class Aligner:
@@ -62,11 +65,16 @@ class Aligner:
         self.tokens, self.seconds = 0, 0.0
 
     def prompt(self, row: dict) -> tuple[str | None, str]:
-        """The system prompt of a row and its rendered text twin."""
-        system = row["system"] or system_prompt(row, self.config.seed)
-        chat = [{"role": "system", "content": system}] if system else []
+        """The system prompt that a row is trained under, and what the LLM is asked: the rendered text twin, or with `mood`
+        the transcript, and the emotion in a system prompt of its own."""
+        system = told = row["system"] or system_prompt(row, self.config.seed)
+        spoken = spoken_part(row)
+        if self.config.mood is not None:
+            spoken.pop("caption", None)
+            told = self.config.mood.format(emotion=row["emotion"]) if row["emotion"] else system
+        chat = [{"role": "system", "content": told}] if told else []
         chat += [{"role": turn["role"], "content": turn["content"]} for turn in row["history"]]
-        chat.append({"role": "user", "content": [spoken_part(row)]})
+        chat.append({"role": "user", "content": [spoken]})
         text = self.tokenizer.apply_chat_template(text_twin(chat), add_generation_prompt=True, tokenize=False)
         return system, text
 

@@ -307,7 +307,7 @@ def align(args: argparse.Namespace) -> None:
     if args.cut:
         rows = cut_histories(rows, args.seed)
     config = AlignmentConfig(
-        args.max_new_tokens, args.temperature, args.repetition_penalty, args.batch_size, args.seed
+        args.max_new_tokens, args.temperature, args.repetition_penalty, args.batch_size, args.seed, args.mood
     )
     aligner = Aligner(args.model, config, dtype=args.dtype, device=args.device, revision=args.revision)
     report = Report()
@@ -484,6 +484,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--repetition-penalty", type=float, default=1.0)
     sub.add_argument("--batch-size", type=int, default=16)
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--mood",
+        default=None,
+        metavar="SYSTEM",
+        help="tell the LLM the emotion by this system prompt, with {emotion} in it, instead of a caption in the turn: for a "
+        "small LLM, which answers captions by talking about them",
+    )
 
     sub = command("train", train)
     sub.add_argument("--recipe", default=None, help="a recipe of the package, or a YAML file")

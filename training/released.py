@@ -16,6 +16,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from .alignment import Aligner, AlignmentConfig, align_rows
 from .attributes import Thresholds, label_row, measure_rows, write_thresholds
 from .corpora import dailytalk, styletalk
 from .corpora.folder import read, read_folder
@@ -26,6 +27,10 @@ from .journal import Journal
 # Energy is cut by tertiles of RAVDESS's and LibriSpeech's training clips: by TextrolSpeech's borders 93 % of RAVDESS is
 # low. Pitch and tempo have TextrolSpeech's.
 THRESHOLDS = Thresholds(energy=(0.01274, 0.03689))
+MOOD = (
+    "You are a caring friend. Your friend sounds {emotion}. Answer in one or two short sentences, and react to the {emotion} "
+    "mood first."
+)
 STYLES = {  # StyleTalk's -> emotions of RAVDESS that say it, and in how many voices each such turn comes
     "neutral": (("neutral",), 1),
     "friendly": (("calm", "happy"), 1),
@@ -106,6 +111,24 @@ def styled_dialogues(data: Path, clips: list[dict]) -> Iterator[dict]:
             yield voice | words | {"id": name, "corpus": "styletalk-voice"}
 
 
+def moods(clips: list[dict], texts: dict[str, list[str]], journal: Journal) -> Iterator[dict]:
+    """The frozen LLM's replies to RAVDESS's clips and to their voices with other words, told the mood (captions it answers by
+    talking about them). It is sorry for a loss whatever the mood; where the voice is not sad, such a reply is left out."""
+    rows = list(clips)
+    for split, said in texts.items():
+        said = sorted((text for text in said if 4 <= len(text.split()) <= 14), key=share)
+        able = sorted((clip for clip in clips if clip["split"] == split), key=lambda row: share(row["id"]))
+        for number, row in enumerate(able + able):
+            text = said[number * len(said) // (2 * len(able))]
+            rows.append(row | {"id": f"{row['id']}/{number}", "corpus": "ravdess-voice", "transcript": text})
+    config = AlignmentConfig(max_new_tokens=40, repetition_penalty=1.1, batch_size=32, mood=MOOD)
+    report, aligner = Report(), Aligner("smollm2-135m-instruct", config, dtype="bfloat16")
+    for row in align_rows(rows, aligner, journal, report):
+        if row["response"] and (row["emotion"] == "sad" or "your loss" not in row["response"]):
+            yield row | {"id": f"{row['id']}/mood", "corpus": f"{row['corpus']}-mood"}
+    print(report, flush=True)
+
+
 def release(run: Path, card: Path) -> None:
     """A run's `final` as a folder of model_cards, the large matrices in half precision: all are loaded in float32."""
     tensors = load_file(run / "final/model.safetensors")
@@ -151,6 +174,12 @@ def main() -> None:
     labelled(spoken[:SYNTHETIC_VOICES], out / "synthetic.parquet")
     if not (out / "styletalk_voice.parquet").is_file():
         write_table(styled_dialogues(data, list(read_table(out / "ravdess.parquet"))), out / "styletalk_voice.parquet")
+    if not (out / "moods.parquet").is_file():
+        acted = [row for row in read_table(out / "ravdess.parquet") if row["split"] != "test"]
+        turns = [row for row in read_table(out / "dailytalk.parquet") if row["transcript"]]
+        texts = {s: [t["transcript"] for t in turns if t["split"] == s] for s in ("train", "validation")}
+        journal = Journal(out / "moods.replies.jsonl")
+        write_table(moods(acted, texts, journal), out / "moods.parquet")
     if not (out / "synthetic_words.parquet").is_file():
         write_table(check_rows(spoken[SYNTHETIC_VOICES:], Report()), out / "synthetic_words.parquet")
 

@@ -25,7 +25,7 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, Seq2SeqTrainingArg
 
 from .. import DualSLMForConditionalGeneration, DualSLMProcessor
 from ..configuration_dual_slm import EMOSLLM_ADAPTERS, WARM_START_ADAPTERS
-from ..modeling_dual_slm import resolve_backbone
+from ..modeling_dual_slm import SoftResidual, resolve_backbone
 from ..processing_dual_slm import CaptionSlots
 from .alignment import Aligner, AlignmentConfig, align_rows, score_targets
 from .attributes import Thresholds, label_row, measure_rows, tertiles, write_thresholds
@@ -92,11 +92,9 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
         for name in (name for name in added if about.config.get(name) and not getattr(model.config, name)):
             adapter = getattr(model, name.replace("_soft_residual", "_adapter"))
             width = model.config.text_config.hidden_size
-            adapter.residual = torch.nn.Linear(
+            adapter.residual = SoftResidual(
                 adapter.output.in_features if adapter is model.paralinguistic_adapter else width, width
             )
-            torch.nn.init.zeros_(adapter.residual.weight)
-            torch.nn.init.zeros_(adapter.residual.bias)
             setattr(model.config, name, True)
         return model, processor
     for name in (about.audio_model_id, about.text_model_id):

@@ -128,7 +128,7 @@ class ParalinguisticAdapter(nn.Module):
             self.soft_tokens = SoftTokens(config.paralinguistic_soft_vocab_size)
         self.residual = None
         if config.paralinguistic_soft_residual:
-            self.residual = nn.Linear(inner, out)
+            self.residual = SoftResidual(inner, out)
 
     def pool(self, states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """(A, L, T, C) -> what the linear part reads: (A, N, P), or with statistics (A, L, P), not mixed yet."""
@@ -251,7 +251,7 @@ class LinguisticAdapter(nn.Module):
             self.soft_tokens = SoftTokens(config.linguistic_ctc_vocab_size, blank=config.text_config.hidden_size)
         self.residual = None
         if config.linguistic_soft_residual:
-            self.residual = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+            self.residual = SoftResidual(config.text_config.hidden_size, config.text_config.hidden_size)
 
     def project(self, states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """(A, T, C) -> (A, ceil(T / k), D). A tail of fewer than k frames is filled up with zeros, not dropped."""
@@ -306,6 +306,15 @@ class LinguisticAdapter(nn.Module):
                         embeds[index] = embeds[index] + self.residual(means)
         counts = torch.tensor([len(sample) for sample in embeds], device=states.device)
         return torch.cat(embeds), counts, None if rows is None else torch.cat(tokens), kept
+
+
+class SoftResidual(nn.Linear):
+    """What is added to soft tokens, at first nothing. A class of its own: in code from outside of transformers,
+    `_init_weights` is not called for a module without parameters of its own, so its parent could not see to that."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
 class SoftTokens(nn.Module):
@@ -519,10 +528,10 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (ParalinguisticAdapter, LinguisticAdapter)) and module.residual is not None:
-            init.zeros_(module.residual.weight)
-            init.zeros_(module.residual.bias)
-        if isinstance(module, ParalinguisticAdapter):
+        if isinstance(module, SoftResidual):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, ParalinguisticAdapter):
             if module.slot_vectors is not None:
                 init.normal_(module.slot_vectors, std=1.0)
             if module.layer_weights is not None:
