@@ -308,7 +308,7 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
         )
     spoken = [row for row in data.train + data.words if row["transcript"] and not row.get("voice_only")]
     heard = [row for row in data.validation if row["corpus"] != "ravdess" and normalize(row["transcript"] or "")]
-    heard = [row for row in heard if not row["voice_only"]][:64]
+    heard = [row for row in heard if not row.get("voice_only")][:64]
     words = training_texts(data.train + data.words)
     if about.linguistic_from:
         take_linguistic(model, Path(about.linguistic_from))
@@ -332,6 +332,7 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
         )
     targets = caption_targets(data.train, processor)
     known = (targets != -100).sum(1) > len(processor.caption_slots.fixed)
+    known &= torch.tensor([not row.get("voice_only") for row in data.train])  # a clip that is there already
     rows = [row for row, usable in zip(data.train, known, strict=True) if usable]
     if rows and about.caption_steps:
         log += train_paralinguistic(
