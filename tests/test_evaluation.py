@@ -265,8 +265,8 @@ def test_the_loss_of_the_right_answer_is_the_llms_own(whole, checkpoint, data):
                 ids, attention_mask=torch.ones_like(ids), labels=labels, audio_features=audio
             ).loss.item()
         entry = found[query.sample.task, query.row["corpus"], query.row["id"], query.condition]
-        assert entry["tokens"] == target.shape[1]
-        assert entry["nats"] / entry["tokens"] == pytest.approx(whole_loss, rel=1e-4)
+        assert entry["answer_tokens"] == target.shape[1]
+        assert entry["answer_nll"] / entry["answer_tokens"] == pytest.approx(whole_loss, rel=1e-4)
         if (query.sample.task, query.row["corpus"], query.condition) == ("gender", "read", "P&L"):
             total, tokens = total + whole_loss * target.shape[1], tokens + target.shape[1]
     assert len(queries) > 20
@@ -329,6 +329,17 @@ def test_two_finished_evaluations_are_compared(whole):
     text = compared(whole[0], whole[0])
     assert "| asr, read, asr, P&L | WER |" in text
     assert " 0.0 (0.0 to 0.0) " in text
+
+
+def test_a_checkpoint_is_compared_with_a_file_of_replies(whole, data, tmp_path):
+    """Which has no losses."""
+    asked = {(r["id"], r["corpus"], r["task"]) for r in records_of(whole[0], "attributes") if r["condition"] == "P&L"}
+    lines = [json.dumps({"id": i, "corpus": c, "task": t, "reply": "It is a female voice."}) for i, c, t in asked]
+    (tmp_path / "other.jsonl").write_text("\n".join(lines))
+    evaluate(str(tmp_path / "other.jsonl"), [str(data)], tmp_path / "out", suites=["attributes"], limit=2)
+    for pair in ((whole[0], tmp_path / "out"), (tmp_path / "out", whole[0])):
+        assert "attributes, read, gender, P&L | accuracy" in compared(*pair)
+        assert "answer loss" not in compared(*pair)
 
 
 def test_an_unknown_suite_or_split_is_refused(data, tmp_path):

@@ -331,6 +331,9 @@ def test_the_mood_is_told_in_the_place_of_the_caption(tiny_backbones):
     assert "Be kind." not in prompt and "(sad voice)" not in prompt
     _, unknown = aligner.prompt(sad | {"emotion": None})
     assert "Be kind." in unknown and "sounds" not in unknown and "(sad voice)" not in unknown
+    for wrong in ("Your friend is sad.", "Your friend sounds {emotion} and {name}."):
+        with pytest.raises(ValueError, match="it must hold"):
+            AlignmentConfig(mood=wrong)
 
 
 def test_a_killed_alignment_resumes_to_the_same_bytes(tiny_backbones, tmp_path):

@@ -249,11 +249,7 @@ def test_two_processes_do_what_one_does(tiny_backbones, tmp_path):
     recipe.write_text(yaml.safe_dump(values))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for name, processes in (("one", 1), ("two", 2)):
-        launch = (
-            ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-            if processes == 2
-            else []
-        )
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"] if processes == 2 else []
         command = [sys.executable, *launch, "-m", "dual_slm.training.cli", "train", "--recipe", str(recipe)]
         command += ["--output", str(tmp_path / name)]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -271,7 +267,7 @@ def test_two_processes_resume_to_the_same_bits_in_a_later_epoch(tiny_backbones, 
     values["train"] |= {"eval_steps": 5, "save_steps": 5}
     recipe.write_text(yaml.safe_dump(values))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29518"]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command = [sys.executable, *launch, "-m", "dual_slm.training.cli", "train", "--recipe", str(recipe), "--output"]
     options = {"capture_output": True, "text": True, "env": environment, "timeout": 300}
     whole = subprocess.run([*command, str(tmp_path / "whole")], **options)
@@ -458,12 +454,15 @@ def test_a_stage_repeats_the_rows_of_a_rare_corpus(bench):
 
 
 def test_a_clip_that_lends_its_voice_teaches_no_words(tiny_backbones, tmp_path, monkeypatch):
-    """`data.voice_of`: the words of such rows are others, so they are text in every stage, and no target of CTC or ASR."""
+    """`voice_only` rows: their words are others, so they are text in every stage, and no target of CTC or ASR. The flag
+    survives the tables, and the alignment that a recipe asks for."""
     recipe = load_recipe(str(world(tmp_path, tiny_backbones)))
     (table,) = recipe.data.tables
-    lent = [r | {"id": f"{r['id']}/v", "corpus": "lent", "transcript": "hello lazy fox"} for r in read_table(table)]
+    words = {"corpus": "lent", "transcript": "hello lazy fox", "response": None, "response_complete": None}
+    lent = [r | words | {"id": f"{r['id']}/v", "voice_only": True} for r in read_table(table)]
     write_table(lent, tmp_path / "lent.parquet")
-    recipe.data.tables, recipe.data.voice_of = [table, str(tmp_path / "lent.parquet")], ["lent"]
+    recipe.data.tables, recipe.data.align_responses = [table, str(tmp_path / "lent.parquet")], True
+    recipe.data.alignment = {"max_new_tokens": 6}
     data = load_data(recipe, tmp_path / "run")
     rows = [row for row in data.train if row["corpus"] == "lent"]
     assert len(rows) == len(data.train) / 2
@@ -471,20 +470,22 @@ def test_a_clip_that_lends_its_voice_teaches_no_words(tiny_backbones, tmp_path, 
         dataset = StageDataset(rows, replace(about, tasks={"asr": 3, "emotion": 1, "dialogue": 1}), seed=1)
         items = [dataset[epoch, index] for epoch in range(3) for index in range(len(rows))]
         assert {item.sources for item in items} == {Sources("speech", "transcript", True, False)}
-        assert {item.sample.task for item in items} == {"emotion", "dialogue"}
+        assert "asr" not in {item.sample.task for item in items}
     model, processor = training_model(recipe)
     store = FeatureStore(tmp_path / "features", model.config)
     store.build(data.train + data.validation, model, processor)
-    recipe.warm_start.steps, recipe.warm_start.caption_steps, spoken = [1, 1], 0, []
+    recipe.warm_start.steps, heard = [1, 1], {}
+    for name in ("train_linguistic", "train_paralinguistic"):
 
-    def train_linguistic(model, store, rows, *args, **kwargs):
-        spoken.extend(rows)
-        return []
+        def spy(model, store, rows, *args, name=name, **kwargs):
+            heard[name] = rows
+            return []
 
-    monkeypatch.setattr("dual_slm.training.run.train_linguistic", train_linguistic)
+        monkeypatch.setattr(f"dual_slm.training.run.{name}", spy)
     warm_start(recipe, tmp_path, model, processor, store, data)
-    assert spoken
-    assert all(row["corpus"] == "c" for row in spoken)
+    for rows in heard.values():  # the lent clips are there once, with their own words
+        assert [row["corpus"] for row in rows] == ["c"] * 18
+    assert set(heard) == {"train_linguistic", "train_paralinguistic"}
 
 
 def test_batches_hold_rows_whose_histories_are_cut_to_similar_lengths(bench):

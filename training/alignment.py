@@ -32,9 +32,12 @@ class AlignmentConfig:
     repetition_penalty: float = 1.0  # a small LLM that runs in circles needs about 1.1
     batch_size: int = 16
     seed: int = 0
-    mood: str | None = (
-        None  # system prompt with {emotion} that the LLM has instead of captions: for one that talks about those
-    )
+    # A system prompt that tells the LLM the {emotion} in the place of captions, which a small LLM talks about.
+    mood: str | None = None
+
+    def __post_init__(self):
+        if self.mood is not None and set(re.findall(r"{(.*?)}", self.mood)) != {"emotion"}:
+            raise ValueError(f"mood is {self.mood!r}; it must hold {{emotion}}, and nothing else in braces.")
 
 
 class Aligner:
@@ -60,7 +63,8 @@ class Aligner:
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
         self.config = config
-        settings = [fingerprint(source, revision=revision), str(self.model.dtype), asdict(config)]
+        how = {name: value for name, value in asdict(config).items() if value is not None}
+        settings = [fingerprint(source, revision=revision), str(self.model.dtype), how]
         self.identity = json.dumps(settings, sort_keys=True)
         self.tokens, self.seconds = 0, 0.0
 
@@ -132,7 +136,8 @@ def fault_of(reply: str, row: dict) -> str | None:
 
 
 def align_rows(rows: Iterable[dict], aligner: Aligner, journal: Journal, report: Report) -> Iterator[dict]:
-    """The rows with `system`, `response` and `response_complete` by the frozen LLM.
+    """The rows with `system`, `response` and `response_complete` by the frozen LLM; with a `mood` that is what the
+    response was given under, and `system` what it is trained under.
 
     A row whose reply is no target has a null response and is counted; so is a row without a transcript, which passes as
     it is. Batches are planned over the whole table, and one that a kill left half done is made again as a whole: the

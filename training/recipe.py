@@ -47,12 +47,6 @@ class DataRecipe:
     histories: list[str] = field(
         default_factory=list, metadata={"help": "tables whose text dialogues go before rows that have no history"}
     )
-    voice_of: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "corpora whose clips lend their voice alone: the words of their rows are others, given as text"
-        },
-    )
     validation_rows: int = 64
     read_aloud: int = field(default=2, metadata={"help": "validation replies that are printed at each evaluation"})
     feature_bits: int = 16

@@ -4,12 +4,13 @@
     cd TABLES && dual-slm train --recipe slm-smollm2-135m --output RUN
     python -m dual_slm.training.released --release RUN --out model_cards/dual-slm-smollm2-135m
 
-No speaker, sentence or dialogue of a validation or test clip is in a training text. TESS is left out: its licence forbids
-derivatives. What was made is not made again.
+No speaker, sentence or dialogue of a validation or test clip is in a training text; RAVDESS's two sentences are in all.
+TESS is left out: its licence forbids derivatives. What was made is not made again.
 """
 
 import argparse
 import gzip
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -97,24 +98,36 @@ def labelled(rows: Iterable[dict], table: Path) -> None:
 
 def styled_dialogues(data: Path, clips: list[dict]) -> Iterator[dict]:
     """StyleTalk's turns and its answers to them, in voices of RAVDESS: the corpus tells the style of a turn and has no audio
-    here, so a clip of that emotion and split lends its voice (`data.voice_of`). Rare styles come in several voices; every
-    second row has no history. Of its test turns one half has voices of the validation actors, one of the test actors."""
-    for row in styletalk.read(data / "metadata/StyleTalk", Report()):
-        emotions, copies = STYLES[row["emotion"]]
+    here, so clips of that emotion and split lend their voices. Rare styles come in several; about half of the rows have no
+    history. Half of its test turns are spoken by validation actors, half by test actors; a training turn that is a test
+    turn word for word is left out."""
+    rows = list(styletalk.read(data / "metadata/StyleTalk", Report()))
+    held_out = {_bare(row["transcript"]) for row in rows if row["split"] == "test"}
+    for row in rows:
         split = "train" if row["split"] == "train" else "validation" if share(row["dialogue"]) < 0.5 else "test"
+        if split == "train" and _bare(row["transcript"]) in held_out:
+            continue
+        emotions, copies = STYLES[row["emotion"]]
         able = [clip for clip in clips if clip["split"] == split and clip["emotion"] in emotions]
+        history = row["history"]
+        history = history[1:] if history and history[0]["role"] != "user" else history
         for copy in range(copies if split == "train" else 1):
             name = f"{row['id']}/{copy}"
             voice = able[int(share(name) * len(able))]
             words = {"transcript": row["transcript"], "response": row["response"], "response_complete": True}
-            words["history"] = row["history"] if share(name, 1) < 0.5 else []
-            yield voice | words | {"id": name, "corpus": "styletalk-voice"}
+            words["history"] = history if share(name, 1) < 0.5 else []
+            yield voice | words | {"id": name, "corpus": "styletalk-voice", "voice_only": True}
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"[^a-z ]", "", text.lower()).strip()
 
 
 def moods(clips: list[dict], texts: dict[str, list[str]], journal: Journal) -> Iterator[dict]:
-    """The frozen LLM's replies to RAVDESS's clips and to their voices with other words, told the mood (captions it answers by
-    talking about them). It is sorry for a loss whatever the mood; where the voice is not sad, such a reply is left out."""
-    rows = list(clips)
+    """The frozen LLM's replies to words of DailyTalk in RAVDESS's voices, told the mood (captions it answers by talking about
+    them), cut behind their last sentence. It is sorry for a loss whatever the mood: where the voice is not sad, such a
+    reply is left out, and with it most of the angry, fearful, disgusted, surprised and neutral ones."""
+    rows = []
     for split, said in texts.items():
         said = sorted((text for text in said if 4 <= len(text.split()) <= 14), key=share)
         able = sorted((clip for clip in clips if clip["split"] == split), key=lambda row: share(row["id"]))
@@ -124,8 +137,10 @@ def moods(clips: list[dict], texts: dict[str, list[str]], journal: Journal) -> I
     config = AlignmentConfig(max_new_tokens=40, repetition_penalty=1.1, batch_size=32, mood=MOOD)
     report, aligner = Report(), Aligner("smollm2-135m-instruct", config, dtype="bfloat16")
     for row in align_rows(rows, aligner, journal, report):
-        if row["response"] and (row["emotion"] == "sad" or "your loss" not in row["response"]):
-            yield row | {"id": f"{row['id']}/mood", "corpus": f"{row['corpus']}-mood"}
+        reply = re.match(r".*[.!?]", row["response"] or "", re.DOTALL)
+        if reply and (row["emotion"] == "sad" or "your loss" not in reply[0]):
+            said = {"response": reply[0], "response_complete": True, "voice_only": True}
+            yield row | said | {"id": f"{row['id']}/mood", "corpus": "ravdess-voice-mood"}
     print(report, flush=True)
 
 

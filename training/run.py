@@ -32,7 +32,7 @@ from .attributes import Thresholds, label_row, measure_rows, tertiles, write_thr
 from .backbones import BACKBONES, fetch_backbone
 from .collator import DualSLMCollator, Item, TrainingCollator
 from .corpora.folder import read
-from .corpora.schema import Report, check_rows, read_table, write_table
+from .corpora.schema import Report, check_rows, read_table, share, write_table
 from .corpora.synthesis import build, read_texts
 from .evaluation.metrics import score
 from .features import FeatureStore, augmented
@@ -155,7 +155,6 @@ def load_data(recipe: Recipe, folder: Path, thresholds: dict | None = None) -> D
     if about.synthesise_hours > 0:
         tables.append(_synthesised(recipe, folder))
     rows = _with_audio(read_table(*tables), about)
-    rows = [row | {"voice_only": row["corpus"] in about.voice_of} for row in rows]
     starts = recipe.warm_start.enabled and not recipe.model.start_from and recipe.warm_start.tables
     words = _with_audio(read_table(*recipe.warm_start.tables), about) if starts else []
     if about.histories:
@@ -266,6 +265,11 @@ def slot_accuracy(model, store: FeatureStore, rows: list[dict], processor: DualS
     return figures
 
 
+def own_clips(rows: list[dict]) -> list[dict]:
+    """What there is to hear: rows whose words are those of their clip, each clip (and augmented copy) once."""
+    return list({(r["audio"], r.get("augment")): r for r in reversed(rows) if not r["voice_only"]}.values())[::-1]
+
+
 def take_linguistic(model, checkpoint: Path) -> None:
     """The linguistic adapter of a checkpoint with the same encoder and LLM; what has no counterpart there stays as it is.
 
@@ -297,19 +301,20 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
         return train_queries(
             model,
             store,
-            [row for row in data.train if any(row[name] in labels[name] for name in labels)],
+            [row for row in own_clips(data.train) if any(row[name] in labels[name] for name in labels)],
             processor,
             about.caption_steps,
             about.learning_rate,
             seed=seed,
-            evaluate=lambda _: read_labels(model, store, data.validation, processor),
+            evaluate=lambda _: read_labels(model, store, own_clips(data.validation), processor),
             evaluate_every=min(100, max(1, about.caption_steps // 3)),
             checkpoint=folder / "queries.pt",
         )
-    spoken = [row for row in data.train + data.words if row["transcript"] and not row.get("voice_only")]
-    heard = [row for row in data.validation if row["corpus"] != "ravdess" and normalize(row["transcript"] or "")]
-    heard = [row for row in heard if not row.get("voice_only")][:64]
-    words = training_texts(data.train + data.words)
+    clips = own_clips(data.train)
+    spoken = own_clips([row for row in data.train + data.words if row["transcript"]])
+    heard = [row for row in own_clips(data.validation) if normalize(row["transcript"] or "")]
+    heard = [row for row in heard if row["corpus"] != "ravdess"][:64]
+    words = training_texts(spoken)
     if about.linguistic_from:
         take_linguistic(model, Path(about.linguistic_from))
     for number, (pieces, steps) in enumerate(zip(about.pieces, about.steps, strict=True)):
@@ -330,10 +335,9 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
             evaluate_every=min(250, max(1, steps // 4)),
             checkpoint=folder / f"linguistic-{number}.pt",
         )
-    targets = caption_targets(data.train, processor)
+    targets = caption_targets(clips, processor)
     known = (targets != -100).sum(1) > len(processor.caption_slots.fixed)
-    known &= torch.tensor([not row.get("voice_only") for row in data.train])  # a clip that is there already
-    rows = [row for row, usable in zip(data.train, known, strict=True) if usable]
+    rows = [row for row, usable in zip(clips, known, strict=True) if usable]
     if rows and about.caption_steps:
         log += train_paralinguistic(
             model,
@@ -342,7 +346,7 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
             targets[known],
             about.caption_steps,
             seed=seed,
-            evaluate=lambda _: slot_accuracy(model, store, data.validation, processor),
+            evaluate=lambda _: slot_accuracy(model, store, own_clips(data.validation), processor),
             evaluate_every=min(250, max(1, about.caption_steps // 4)),
             checkpoint=folder / "paralinguistic.pt",
         )
@@ -357,6 +361,7 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
 def validation_items(dataset: StageDataset, rows: list[dict], limit: int) -> list[Item]:
     """Validation rows, the stage's tasks in turn, both branches from what the stage has for them; sorted by size."""
     tasks = list(dataset.stage.tasks)
+    rows = sorted(rows, key=lambda row: share(row["id"]))  # a mixture of corpora, whatever the order of the tables
     able = {task: [row for row in rows if task in tasks_of(row)] for task in tasks}
     items, number = [], 0
     while len(items) < limit and any(number < len(able[task]) for task in tasks):
@@ -637,11 +642,12 @@ def plan(recipe: Recipe, output: str | Path) -> str:
     hours = sum(row["duration"] or 0 for row in rows) / 3600
     if rows:
         lines.append(f"data      {train:,} training clips with augmented copies, {hours:.2f} h of audio in all splits")
-    if recipe.warm_start.enabled:
+    if recipe.warm_start.enabled and not recipe.model.start_from:
         steps = " + ".join(map(str, recipe.warm_start.steps))
         more = read_table(*recipe.warm_start.tables) if recipe.warm_start.tables else []
         more = [row for row in more if row["audio"] and row["split"] == "train"]
-        also = f"; {len(more):,} clips more, {sum(row['duration'] or 0 for row in more) / 3600:.2f} h" if more else ""
+        hours = sum(row["duration"] or 0 for row in more) / 3600
+        also = f", on {len(more):,} clips ({hours:.2f} h) more" if more else ""
         lines.append(f"stage 0   {steps} CTC steps, {recipe.warm_start.caption_steps} caption steps{also}")
     if not rows:  # about 4 s a clip
         train = int(recipe.data.synthesise_hours * 900 * 0.85)

@@ -46,7 +46,7 @@ class Sample:
 
 def tasks_of(row: dict) -> list[str]:
     """The tasks that a row has a target for; whose words are not those of its clip (`voice_only`) is no ASR task."""
-    found = ["asr"] if row["transcript"] and not row.get("voice_only") else []
+    found = ["asr"] if row["transcript"] and not row["voice_only"] else []
     found += [name for name in ATTRIBUTES if row[name] is not None]
     return found + (["dialogue"] if row["response"] and row["transcript"] else [])
 

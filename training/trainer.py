@@ -14,7 +14,7 @@ from .collator import Item, TrainingCollator
 from .corpora.schema import share
 from .err import Sources, draw_sources
 from .recipe import StageRecipe
-from .tasks import TASKS, label_sets, make_sample, tasks_of
+from .tasks import KINDS, TASKS, label_sets, make_sample, tasks_of
 
 
 class StageDataset(Dataset):
@@ -98,10 +98,10 @@ def balance(rows: list[dict], seed: int) -> list[dict]:
 
 
 def with_stage_sources(sources: Sources, stage: StageRecipe, row: dict) -> Sources:
-    """What a stage has in the place of speech: the transcript as text (EmoSLLM), or nothing (ablations). A row that lends
-    its voice alone (`data.voice_of`) always has its words as text."""
+    """What a stage has in the place of speech: the transcript as text (EmoSLLM), or nothing (ablations). A row that is
+    `voice_only` always has its voice from speech and its words as text, whatever ERR drew."""
     how, what, train_how, train_what = sources
-    if row.get("voice_only"):
+    if row["voice_only"]:
         how, what, train_how, train_what = "speech", "transcript", True, False
     if stage.paralinguistic_source == "none":
         how, train_how = "none", False
@@ -181,6 +181,20 @@ class DualSLMTrainer(Seq2SeqTrainer):
             if "_adapter." in name or ".lora_" in name:
                 parameter.requires_grad_(self._rate(name) > 0)
                 learns = learns or parameter.requires_grad
+        trained = {name.split("_adapter")[0] for name, p in self.model.named_parameters() if p.requires_grad}
+        idle = [
+            task
+            for task in stage.tasks
+            if stage.err
+            and stage.err_stage != "joint"
+            and KINDS[task] != "dual"
+            and not any(part == KINDS[task] or "lora" in part for part in trained)
+        ]
+        if learns and idle:
+            raise ValueError(
+                f"stage {stage.name}: {', '.join(idle)} would teach nothing, as ERR lets a task train its own adapter alone "
+                "and that one is frozen: leave it out, or give the adapter a rate."
+            )
         if not learns:
             raise ValueError(
                 f"stage {self.stage.name}: nothing learns, as the rates of all that there is are 0. Give a learning_rate, or "

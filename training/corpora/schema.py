@@ -54,6 +54,9 @@ FEATURES = Features(
         "system": _TEXT,  # system prompt that `response` answers under
         "response": _TEXT,
         "response_complete": Value("bool"),  # false: cut by a length limit, so no end of turn is trained
+        "voice_only": Value(
+            "bool"
+        ),  # true: the audio lends its voice to other words, which are text; null: it says them
     }
 )
 _KINDS = {
@@ -328,6 +331,8 @@ def read_table(*paths: str | Path) -> datasets.Dataset:
             table = datasets.Dataset.from_parquet(str(path))
         except Exception as error:  # pyarrow and datasets raise many kinds
             raise ValueError(f"{path} is no table, or it is damaged ({error.__cause__ or error}).") from None
+        if "voice_only" not in table.column_names:  # a table from before there was this column
+            table = table.add_column("voice_only", [None] * len(table), feature=FEATURES["voice_only"])
         missing = [column for column in FEATURES if column not in table.column_names]
         if missing:
             raise ValueError(f"{path}: no column {', '.join(missing)}; it is no table of `dual-slm corpus`.")

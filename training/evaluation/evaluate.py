@@ -1,12 +1,13 @@
 """One evaluation: suites -> queries -> replies -> records -> report. A run that was killed goes on.
 
 OUT/setup.json       what was asked of what; a folder keeps to it
-OUT/replies.jsonl    the journal: one [key, reply] a line; judges.jsonl likewise
+OUT/replies.jsonl    the journal: one [key, reply] a line, losses of answers too; judges.jsonl likewise
 OUT/SUITE.jsonl      every sample: prompt, raw reply, parsed label
 OUT/report.json  report.html  disentanglement.png
 """
 
 import hashlib
+import itertools
 import json
 import statistics
 import time
@@ -78,7 +79,7 @@ def evaluate(
     }
     borders = Thresholds(**setup["thresholds"]) if setup["thresholds"] else None
     table = [relabel(row, borders) for row in table]
-    rows = [row for row in table if row["split"] == split]
+    rows = [row for row in table if row["split"] == split and not row["voice_only"]]
     if not rows:
         raise ValueError(f"{', '.join(tables)}: no row of the split {split!r}.")
     _keep_to(out, setup)
@@ -142,29 +143,35 @@ def _answer(system: System, queries: list[Query], journal: Journal) -> Iterable[
     """Records of all queries; replies that the journal has are not asked for again."""
     todo = list({query.key: query for query in queries if query.key not in journal.values}.values())
     if todo:
-        system.prepare([clip for query in todo for clip in (query.row, query.voice) if clip["audio"]])
-        group = {}
-        for query, reply in system.reply(todo):
-            group[query.key] = reply
-            if len(group) == GROUP:
-                journal.add(group)
-                group = {}
-        journal.add(group)
+        _prepare(system, todo)
+        _keep(((query.key, reply) for query, reply in system.reply(todo)), journal)
     if isinstance(system, Checkpoint):
-        _weigh(system, queries, journal)
+        _score_answers(system, queries, journal)
     for query in queries:
         if query.key in journal.values:
             found = record(query, journal.values[query.key], system.prompt(query))
             if (loss := journal.values.get(f"loss/{query.key}")) is not None:
-                found["nats"], found["tokens"] = loss
+                found["answer_nll"], found["answer_tokens"] = loss
             yield found
 
 
-def _weigh(system: Checkpoint, queries: list[Query], journal: Journal) -> None:
+def _score_answers(system: Checkpoint, queries: list[Query], journal: Journal) -> None:
     """Losses of the right answers, where there is one: words and labels."""
     held = {query.key: query for query in queries if query.sample.task in TASKS and query.sample.task != "dialogue"}
     todo = [query for key, query in held.items() if f"loss/{key}" not in journal.values]
-    journal.add({f"loss/{query.key}": loss for query, loss in system.losses(todo)})
+    if todo:
+        _prepare(system, todo)
+        _keep(((f"loss/{query.key}", loss) for query, loss in system.losses(todo)), journal)
+
+
+def _prepare(system: System, queries: list[Query]) -> None:
+    system.prepare([clip for query in queries for clip in (query.row, query.voice) if clip["audio"]])
+
+
+def _keep(found: Iterable[tuple[str, object]], journal: Journal) -> None:
+    """Writes what is found, a group at a time."""
+    while group := dict(itertools.islice(found, GROUP)):
+        journal.add(group)
 
 
 def _beside(system: Checkpoint, suite: str, queries: list[Query], bench: Bench) -> list[dict]:

@@ -52,9 +52,9 @@ def tallies_of(records: list[dict]) -> dict[str, tuple[np.ndarray, metrics.Figur
         return np.stack([tally(group) for group in speakers])
 
     first, found = records[0], {}
-    if "nats" in first:  # of a token of the right answer
+    if "answer_nll" in first:  # of a token of the right answer
         found["answer loss"] = (
-            stack(lambda g: np.array([sum(r["nats"] for r in g), sum(r["tokens"] for r in g)])),
+            stack(lambda g: np.array([sum(r["answer_nll"] for r in g), sum(r["answer_tokens"] for r in g)])),
             metrics.ratio,
         )
     if "words" in first:
@@ -249,7 +249,7 @@ def compare(first: list[dict], second: list[dict]) -> list[dict]:
     for place, group in left.items():
         others = tallies_of(right[place])
         for metric, (tally, figure) in tallies_of(group).items():
-            if metric == "majority class":
+            if metric == "majority class" or metric not in others:  # a file of replies has no losses
                 continue
             other = others[metric][0]
             a, b = float(figure(tally.sum(0))), float(figure(other.sum(0)))

@@ -154,7 +154,7 @@ class Checkpoint:
         """Of each query the loss of the right answer in nats, all its tokens together, and how many these are: it tells
         systems apart whose replies are both wrong."""
         collator = DualSLMCollator(self.processor)
-        order = sorted(queries, key=lambda q: q.sample.duration or 0.0)
+        order = sorted(queries, key=lambda q: (q.sample.task, q.sample.duration or 0.0))
         for start in tqdm(range(0, len(order), self.batch_size), desc="losses", unit=" batches"):
             part = order[start : start + self.batch_size]
             batch = collator([replace(q.sample, messages=self._conversation(q)) for q in part])
