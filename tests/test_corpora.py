@@ -472,6 +472,7 @@ def test_a_csv_without_a_column_or_cut_off_is_named(tmp_path, name, file, column
         ('{"speaker": "x", "split": "train"}', "line 2: names no audio file"),
         ('{"text": "x", "split": "dev"}', "line 2: .*split is 'dev'; it must be one of train, validation, test"),
         ('{"text": "x", "gender": "F"}', "line 2: .*gender is 'F'; it must be one of female, male"),
+        ('{"text": "x", "voice_only": "perhaps"}', "line 2: .*voice_only is 'perhaps'; it must be true or false"),
         ('{"text": "x", "turn": "third"}', "line 2: .*turn is 'third'; it must be a number"),
         ('{"text": "x", "history": ["hello"]}', "line 2: .*history is .*it must be a list of"),
     ],

@@ -99,6 +99,11 @@ def make_row(**known) -> dict:
             row[column] = None if row[column] is None else kind(row[column])
     except (TypeError, ValueError):
         raise ValueError(f"{row['id']}: {column} is {row[column]!r}; it must be a number.") from None
+    for column in ("response_complete", "voice_only"):
+        if isinstance(row[column], str):  # a CSV file knows text alone
+            row[column] = {"true": True, "false": False}.get(row[column].lower(), row[column])
+        if not isinstance(row[column], bool | None):
+            raise ValueError(f"{row['id']}: {column} is {row[column]!r}; it must be true or false.")
     if not isinstance(row["history"], list) or any(not isinstance(t, dict) or set(t) != _TURN for t in row["history"]):
         raise ValueError(f"{row['id']}: history is {row['history']!r}; it must be a list of {{role, content}}.")
     for column, classes in (LEVELS | {"split": SPLITS}).items():
