@@ -653,6 +653,21 @@ def test_settings_change_a_recipe():
         load_recipe("speedrum")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "stage disentangle: nothing learns, as the rates of all that there is are 0"),
+        ({"paralinguistic_soft_residual": True}, "stage disentangle: asr would teach nothing"),
+    ],
+)
+def test_a_stage_that_cannot_learn_what_it_is_asked_is_refused(tiny_backbones, tmp_path, config, message):
+    recipe = load_recipe(str(world(tmp_path, tiny_backbones, warm_start={"enabled": False})))
+    recipe.model.config |= config
+    recipe.stages = [replace(recipe.stages[1], learning_rate=0.0, residual_learning_rate=1e-3)]
+    with pytest.raises(ValueError, match=message):
+        run(recipe, tmp_path / "run")
+
+
 def test_a_loss_that_is_not_finite_stops_with_what_there_is(tiny_backbones, tmp_path):
     recipe = world(tmp_path, tiny_backbones)
     settings = [
