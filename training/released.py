@@ -24,6 +24,7 @@ from .corpora.folder import read, read_folder
 from .corpora.schema import Report, check_rows, read_table, share, write_table
 from .corpora.synthesis import build, build_nonspeech
 from .journal import Journal
+from .warm_start import nothing_said
 
 # Energy is cut by tertiles of RAVDESS's and LibriSpeech's training clips: by TextrolSpeech's borders 93 % of RAVDESS is
 # low. Pitch and tempo have TextrolSpeech's.
@@ -32,9 +33,9 @@ MOOD = (
     "You are a caring friend. Your friend sounds {emotion}. Answer in one or two short sentences, and react to the {emotion} "
     "mood first."
 )
-STYLES = {  # StyleTalk's -> emotions of RAVDESS that say it, and in how many voices each such turn comes
-    "neutral": (("neutral",), 1),
-    "friendly": (("calm", "happy"), 1),
+STYLES = {  # StyleTalk's -> emotions that say it (None: read speech), and in how many voices each such turn comes
+    "neutral": (("neutral", None), 2),
+    "friendly": (("calm", "happy", None), 2),
     "cheerful": (("happy",), 8),
     "sad": (("sad",), 12),
     "unfriendly": (("angry", "disgust"), 4),
@@ -97,10 +98,11 @@ def labelled(rows: Iterable[dict], table: Path) -> None:
 
 
 def styled_dialogues(data: Path, clips: list[dict]) -> Iterator[dict]:
-    """StyleTalk's turns and its answers to them, in voices of RAVDESS: the corpus tells the style of a turn and has no audio
-    here, so clips of that emotion and split lend their voices. Rare styles come in several; about half of the rows have no
-    history. Half of its test turns are spoken by validation actors, half by test actors; a training turn that is a test
-    turn word for word is left out."""
+    """StyleTalk's turns and its answers to them, in voices of RAVDESS and of read speech: the corpus tells the style of a
+    turn and has no audio here, so clips of that emotion and split lend their voices, each corpus as often (a model that
+    RAVDESS's voices alone talk to answers all others with a description). About half of the rows have no history. Half of
+    its test turns are spoken by validation speakers, half by test speakers; a training turn that is a test turn word for
+    word is left out."""
     rows = list(styletalk.read(data / "metadata/StyleTalk", Report()))
     held_out = {_bare(row["transcript"]) for row in rows if row["split"] == "test"}
     for row in rows:
@@ -108,12 +110,20 @@ def styled_dialogues(data: Path, clips: list[dict]) -> Iterator[dict]:
         if split == "train" and _bare(row["transcript"]) in held_out:
             continue
         emotions, copies = STYLES[row["emotion"]]
-        able = [clip for clip in clips if clip["split"] == split and clip["emotion"] in emotions]
+        able: dict[str, list[dict]] = {}
+        for clip in clips:
+            if (
+                clip["split"] == split
+                and clip["emotion"] in emotions
+                and not nothing_said(clip["transcript"] or "(unknown)")
+            ):
+                able.setdefault(clip["corpus"], []).append(clip)
         history = row["history"]
         history = history[1:] if history and history[0]["role"] != "user" else history
         for copy in range(copies if split == "train" else 1):
             name = f"{row['id']}/{copy}"
-            voice = able[int(share(name) * len(able))]
+            lending = able[sorted(able)[int(share(name, 2) * len(able))]]
+            voice = lending[int(share(name) * len(lending))]
             words = {"transcript": row["transcript"], "response": row["response"], "response_complete": True}
             words["history"] = history if share(name, 1) < 0.5 else []
             yield voice | words | {"id": name, "corpus": "styletalk-voice", "voice_only": True}
@@ -188,7 +198,8 @@ def main() -> None:
     spoken = list(read(out / "synthetic", Report()))
     labelled(spoken[:SYNTHETIC_VOICES], out / "synthetic.parquet")
     if not (out / "styletalk_voice.parquet").is_file():
-        write_table(styled_dialogues(data, list(read_table(out / "ravdess.parquet"))), out / "styletalk_voice.parquet")
+        clips = list(read_table(*(out / f"{name}.parquet" for name in (*FOLDERS, "synthetic"))))
+        write_table(styled_dialogues(data, clips), out / "styletalk_voice.parquet")
     if not (out / "moods.parquet").is_file():
         acted = [row for row in read_table(out / "ravdess.parquet") if row["split"] != "test"]
         turns = [row for row in read_table(out / "dailytalk.parquet") if row["transcript"]]
