@@ -24,7 +24,7 @@ from .corpora.folder import read, read_folder
 from .corpora.schema import Report, check_rows, read_table, share, write_table
 from .corpora.synthesis import build, build_nonspeech
 from .journal import Journal
-from .warm_start import nothing_said
+from .warm_start import normalize
 
 # Energy is cut by tertiles of RAVDESS's and LibriSpeech's training clips: by TextrolSpeech's borders 93 % of RAVDESS is
 # low. Pitch and tempo have TextrolSpeech's.
@@ -104,33 +104,26 @@ def styled_dialogues(data: Path, clips: list[dict]) -> Iterator[dict]:
     its test turns are spoken by validation speakers, half by test speakers; a training turn that is a test turn word for
     word is left out."""
     rows = list(styletalk.read(data / "metadata/StyleTalk", Report()))
-    held_out = {_bare(row["transcript"]) for row in rows if row["split"] == "test"}
+    held_out = [normalize(row["transcript"]) for row in rows if row["split"] == "test"]
+    lending: dict[tuple[str, str], dict[str, list[dict]]] = {}  # (split, style) -> corpus -> clips
+    for clip in clips:
+        for style, (emotions, _) in STYLES.items():
+            if clip["emotion"] in emotions:
+                lending.setdefault((clip["split"], style), {}).setdefault(clip["corpus"], []).append(clip)
     for row in rows:
         split = "train" if row["split"] == "train" else "validation" if share(row["dialogue"]) < 0.5 else "test"
-        if split == "train" and _bare(row["transcript"]) in held_out:
+        if split == "train" and normalize(row["transcript"]) in held_out:
             continue
-        emotions, copies = STYLES[row["emotion"]]
-        able: dict[str, list[dict]] = {}
-        for clip in clips:
-            if (
-                clip["split"] == split
-                and clip["emotion"] in emotions
-                and not nothing_said(clip["transcript"] or "(unknown)")
-            ):
-                able.setdefault(clip["corpus"], []).append(clip)
+        corpora, copies = lending[split, row["emotion"]], STYLES[row["emotion"]][1]
         history = row["history"]
         history = history[1:] if history and history[0]["role"] != "user" else history
         for copy in range(copies if split == "train" else 1):
             name = f"{row['id']}/{copy}"
-            lending = able[sorted(able)[int(share(name, 2) * len(able))]]
-            voice = lending[int(share(name) * len(lending))]
+            able = corpora[sorted(corpora)[int(share(name, 2) * len(corpora))]]
+            voice = able[int(share(name) * len(able))]
             words = {"transcript": row["transcript"], "response": row["response"], "response_complete": True}
             words["history"] = history if share(name, 1) < 0.5 else []
             yield voice | words | {"id": name, "corpus": "styletalk-voice", "voice_only": True}
-
-
-def _bare(text: str) -> str:
-    return re.sub(r"[^a-z ]", "", text.lower()).strip()
 
 
 def moods(clips: list[dict], texts: dict[str, list[str]], journal: Journal) -> Iterator[dict]:

@@ -176,29 +176,22 @@ class DualSLMTrainer(Seq2SeqTrainer):
         super().__init__(*args, **kwargs)
         self._meters = {mode: torch.zeros(len(TASKS) + 2, 3, dtype=torch.float64) for mode in ("train", "eval")}
         self.add_callback(_CompleteCheckpoints())
-        learns = False
+        taught = set()  # kinds of tasks that something learns from
         for name, parameter in self.model.named_parameters():
             if "_adapter." in name or ".lora_" in name:
                 parameter.requires_grad_(self._rate(name) > 0)
-                learns = learns or parameter.requires_grad
-        trained = {name.split("_adapter")[0] for name, p in self.model.named_parameters() if p.requires_grad}
-        idle = [
-            task
-            for task in stage.tasks
-            if stage.err
-            and stage.err_stage != "joint"
-            and KINDS[task] != "dual"
-            and not any(part == KINDS[task] or "lora" in part for part in trained)
-        ]
-        if learns and idle:
+                if parameter.requires_grad:  # LoRA learns from every task, an adapter from its own and from dialogues
+                    taught |= set(KINDS.values()) if ".lora_" in name else {name.split("_adapter")[0], "dual"}
+        if not taught:
+            raise ValueError(
+                f"stage {stage.name}: nothing learns, as the rates of all that there is are 0. Give a learning_rate, or "
+                "add what its residual_learning_rate is for (model.config.*_soft_residual)."
+            )
+        idle = [task for task in stage.tasks if KINDS[task] not in taught]
+        if idle and stage.err and stage.err_stage != "joint":
             raise ValueError(
                 f"stage {stage.name}: {', '.join(idle)} would teach nothing, as ERR lets a task train its own adapter alone "
                 "and that one is frozen: leave it out, or give the adapter a rate."
-            )
-        if not learns:
-            raise ValueError(
-                f"stage {self.stage.name}: nothing learns, as the rates of all that there is are 0. Give a learning_rate, or "
-                "add what its residual_learning_rate is for (model.config.*_soft_residual)."
             )
 
     # ---- data ----

@@ -54,9 +54,7 @@ FEATURES = Features(
         "system": _TEXT,  # system prompt that `response` answers under
         "response": _TEXT,
         "response_complete": Value("bool"),  # false: cut by a length limit, so no end of turn is trained
-        "voice_only": Value(
-            "bool"
-        ),  # true: the audio lends its voice to other words, which are text; null: it says them
+        "voice_only": Value("bool"),  # true: the audio lends its voice to other words, given as text
     }
 )
 _KINDS = {
