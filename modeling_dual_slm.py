@@ -721,7 +721,6 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path,
-        *model_args,
         config=None,
         dtype=None,
         device_map=None,
@@ -763,10 +762,9 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
-                *model_args,
+                False,  # with_backbones, by place: transformers writes keywords of a model into its generation config too
                 config=config,
                 dtype=torch.float32,
-                with_backbones=False,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # collected, and refused below with all of them named
