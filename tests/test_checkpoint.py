@@ -127,6 +127,11 @@ def test_the_checkpoint_carries_todays_code(checkpoint, part):
     assert (checkpoint / name).read_text() == (CARDS.parent / name).read_text()
 
 
+def test_saved_again_its_generation_config_has_no_keyword_of_ours(released, tmp_path):
+    released[0].save_pretrained(tmp_path)  # transformers writes what `from_pretrained` was called with into it
+    assert "with_backbones" not in json.loads((tmp_path / "generation_config.json").read_text())
+
+
 def test_real_backbones_equal_a_plain_load_and_text_is_the_bare_llm(released):
     model, processor = released
     llm = AutoModelForCausalLM.from_pretrained(resolve_backbone("smollm2-135m-instruct"))
