@@ -31,7 +31,7 @@ from dual_slm.modeling_dual_slm import resolve_backbone
 from dual_slm.training.backbones import ASSETS
 from dual_slm.training.corpora.schema import make_row, read_table, write_table
 from dual_slm.training.evaluation import judges, metrics, report
-from dual_slm.training.evaluation.evaluate import compared, evaluate
+from dual_slm.training.evaluation.evaluate import averaged, compared, evaluate
 from dual_slm.training.evaluation.suites import SUITES, Bench, disentanglement
 from dual_slm.training.evaluation.systems import CONDITIONS, Checkpoint
 from dual_slm.training.journal import Journal
@@ -826,3 +826,28 @@ def test_qwen2_audio_answers_through_transformers(tmp_path):
         llama.mkdir()
         (llama / "config.json").write_text('{"model_type": "llama"}')
         evaluate(str(llama), [data], tmp_path / "no")
+
+
+def test_the_mean_over_seeds_has_a_spread_and_a_row_of_all_attributes(tmp_path):
+    # (gender, pitch, pitch of one gender, words) of two seeds; the mean over attributes counts the first two alone.
+    for seed, values in enumerate([(0.6, 0.8, 0.1, 2.0), (0.7, 0.5, 0.2, 3.0)]):
+        tasks = [("gender", "accuracy"), ("pitch", "accuracy"), ("pitch, male voices", "accuracy"), ("asr", "WER")]
+        figures = [
+            {
+                "suite": "attributes",
+                "corpus": "c",
+                "task": task,
+                "metric": metric,
+                "condition": "P only",
+                "value": value,
+            }
+            for (task, metric), value in zip(tasks, values, strict=True)
+        ]
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "report.json").write_text(json.dumps({"figures": figures}))
+    lines = averaged([tmp_path / "0", tmp_path / "1"]).splitlines()
+    assert "| attributes, c, gender, accuracy | 65.0 ± 7.1 |" in lines
+    assert "| attributes, c, asr, WER | 250.0 ± 70.7 |" in lines
+    assert "| attributes, mean, 2 attributes, accuracy | 65.0 ± 7.1 |" in lines  # 70 and 60
+    with pytest.raises(FileNotFoundError, match="no finished evaluation"):
+        averaged([tmp_path / "0", tmp_path / "2"])

@@ -8,7 +8,7 @@ from ..processing_dual_slm import DualSLMProcessor
 from .err import Sources
 from .features import FeatureStore
 from .tasks import TASKS, Sample
-from .warm_start import Speller, caption_targets
+from .warm_start import Speller, caption_targets, label_targets
 
 
 class DualSLMCollator:
@@ -94,7 +94,7 @@ class TrainingCollator(DualSLMCollator):
         processor: of the model.
         store: features of every clip.
         speller: adds `ctc_labels` for a share of the CTC loss.
-        captions: adds `caption_labels` for a share of the loss on caption slots.
+        captions: adds `caption_labels` for a share of the loss on caption slots, or on the labels that queries say.
         with_prompts: see [`DualSLMCollator`].
     """
 
@@ -108,14 +108,14 @@ class TrainingCollator(DualSLMCollator):
     ):
         super().__init__(processor, with_prompts)
         self.store, self.speller = store, speller
-        self.captions = captions and processor.caption_slots is not None
+        self.captions = captions
 
     def __call__(self, items: list[Item]) -> dict[str, torch.Tensor]:
         """
         Returns:
             As [`DualSLMCollator`], with `audio_states` (A, L, T, C), `audio_lengths` (A,), `audio_pooled`,
             `audio_branches` and `audio_trained` (A, 2) in place of the log-mel, `task_ids` (B,), and where asked for
-            `ctc_labels` (A, U), `caption_labels` (A, N), `teacher_ids` and `teacher_log_probs` (targets, k).
+            `ctc_labels` (A, U), `caption_labels` (A, slots or attributes), `teacher_ids`, `teacher_log_probs` (targets, k).
         """
         pooled, branches, samples = [], [], []
         for item in items:
@@ -135,7 +135,8 @@ class TrainingCollator(DualSLMCollator):
             spelled = [torch.tensor(self.speller(item.row["transcript"] or ""), dtype=torch.long) for item in items]
             batch["ctc_labels"] = torch.nn.utils.rnn.pad_sequence(spelled, batch_first=True, padding_value=-100)
         if self.captions:
-            batch["caption_labels"] = caption_targets([item.row for item in items], self.processor)
+            targets_of = label_targets if self.processor.caption_slots is None else caption_targets
+            batch["caption_labels"] = targets_of([item.row for item in items], self.processor)
         known = next((item.teacher for item in items if item.teacher is not None), None)
         if known is not None:
             counts = [int((row != -100).sum()) for row in batch["labels"]]

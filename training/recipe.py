@@ -109,7 +109,12 @@ class StageRecipe:
         default=None, metadata={"help": "of what stands beside the soft tokens (*_soft_residual)"}
     )
     ctc_share: float = field(default=0.0, metadata={"help": "of the warm start's CTC loss that is kept"})
-    caption_share: float = field(default=0.0, metadata={"help": "of the warm start's caption loss that is kept"})
+    caption_share: float = field(
+        default=0.0, metadata={"help": "of the warm start's loss on captions (emosllm: labels) that is kept"}
+    )
+    best_by: str = field(
+        default="loss", metadata={"help": "validation figure that chooses the checkpoint: loss, wer, accuracy_TASK"}
+    )
 
 
 @dataclass
@@ -238,8 +243,14 @@ def _check(recipe: Recipe, where: str) -> None:
         faults += [f"stage {stage.name}: no task {t!r}{_nearest(t, TASKS)}" for t in stage.tasks if t not in TASKS]
         if not stage.tasks:
             faults.append(f"stage {stage.name}: names no tasks ({', '.join(TASKS)})")
-        if (stage.ctc_share or stage.caption_share) and recipe.model.adapters != "warm_start":
-            faults.append(f"stage {stage.name}: ctc_share and caption_share need model.adapters: warm_start")
+        if stage.ctc_share and recipe.model.adapters != "warm_start":
+            faults.append(f"stage {stage.name}: ctc_share needs model.adapters: warm_start")
+        if stage.caption_share and recipe.model.adapters == "paper":
+            faults.append(f"stage {stage.name}: caption_share needs model.adapters: warm_start or emosllm")
+        figures = ["loss"]
+        for task in stage.tasks:
+            figures += {"asr": ["wer"], "dialogue": []}.get(task, [f"accuracy_{task}"])
+        choices[f"stage {stage.name}: best_by"] = (stage.best_by, figures)
     for name, (value, known) in choices.items():
         if value not in known:
             faults.append(f"{name} is {value!r}; it must be one of {', '.join(known)}")

@@ -15,6 +15,7 @@ from .corpora.schema import share
 from .err import Sources, draw_sources
 from .recipe import StageRecipe
 from .tasks import KINDS, TASKS, label_sets, make_sample, tasks_of
+from .warm_start import label_losses, label_rows
 
 
 class StageDataset(Dataset):
@@ -175,6 +176,8 @@ class DualSLMTrainer(Seq2SeqTrainer):
         self.stage, self.evaluation_collator = stage, evaluation_collator
         super().__init__(*args, **kwargs)
         self._meters = {mode: torch.zeros(len(TASKS) + 2, 3, dtype=torch.float64) for mode in ("train", "eval")}
+        if stage.caption_share and self.processing_class.caption_slots is None:
+            self._anchors = list(label_rows(self.model, self.processing_class).values())
         self.add_callback(_CompleteCheckpoints())
         taught = set()  # kinds of tasks that something learns from
         for name, parameter in self.model.named_parameters():
@@ -320,15 +323,18 @@ class DualSLMTrainer(Seq2SeqTrainer):
                 ) / target_lengths.clamp(min=1)
                 total = total + self.stage.ctc_share * losses.sum() / size
                 self._add(mode, len(TASKS), losses)
-        if "caption_labels" in inputs and audio.paralinguistic_logits is not None:
+        if "caption_labels" in inputs and audio.paralinguistic_embeds is not None:
             heard = inputs["audio_branches"].bool()[:, 0]
             labels, learns = inputs["caption_labels"][heard], trained[heard, 0]
-            losses = nn.functional.cross_entropy(
-                audio.paralinguistic_logits.float().flatten(0, 1),
-                labels.flatten(),
-                reduction="none",
-                ignore_index=-100,
-            ).view_as(labels).sum(-1) / (labels != -100).sum(-1).clamp(min=1)
+            if audio.paralinguistic_logits is None:
+                losses = label_losses(audio.paralinguistic_embeds, labels, self._anchors)
+            else:
+                losses = nn.functional.cross_entropy(
+                    audio.paralinguistic_logits.float().flatten(0, 1),
+                    labels.flatten(),
+                    reduction="none",
+                    ignore_index=-100,
+                ).view_as(labels).sum(-1) / (labels != -100).sum(-1).clamp(min=1)
             total = total + self.stage.caption_share * (losses * learns).sum() / size
             self._add(mode, len(TASKS) + 1, losses[learns])
         return total

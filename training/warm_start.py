@@ -374,6 +374,40 @@ def label_rows(model: DualSLMForConditionalGeneration, processor: DualSLMProcess
     }
 
 
+def label_targets(rows: list[dict], processor: DualSLMProcessor) -> torch.Tensor:
+    """(rows, attributes) indices of labels, -100 for what a row does not say."""
+    known = processor.attribute_labels.items()
+    places = [[labels.index(row[name]) if row[name] in labels else -100 for name, labels in known] for row in rows]
+    return torch.tensor(places)
+
+
+def label_losses(outputs: torch.Tensor, targets: torch.Tensor, anchors: list[torch.Tensor]) -> torch.Tensor:
+    """What the query adapter learns without the LLM: its outputs are dealt out to the attributes and are to be the rows of
+    their labels. Of each, the squared distance to its row (whose best answer is the mixture of rows by their probability,
+    as soft tokens are) and the cross entropy over all labels' rows.
+
+    Args:
+        outputs: (A, N, D).
+        targets: (A, attributes), see [`label_targets`].
+        anchors: (labels, D) of each attribute, see [`label_rows`].
+
+    Returns:
+        (A,), summed over the attributes that are known.
+    """
+    total = torch.zeros(len(outputs), device=outputs.device)
+    for place, rows in enumerate(anchors):
+        own, target = outputs[:, place :: len(anchors)].float(), targets[:, place]
+        logits = LABEL_SCALE * (own @ rows.T)
+        repeated = target[:, None].expand(logits.shape[:2])
+        entropy = nn.functional.cross_entropy(
+            logits.transpose(1, 2), repeated, label_smoothing=0.05, reduction="none"
+        ).mean(1)
+        spread = (rows - rows.mean(0)).pow(2).sum(-1).mean()
+        distance = (own - rows[target.clamp(min=0)][:, None]).pow(2).sum(-1).mean(1) / spread
+        total = total + torch.where(target >= 0, entropy + distance, 0.0)
+    return total
+
+
 def read_labels(model, store: FeatureStore, rows: list[dict], processor, batch_size: int = 40) -> dict[str, float]:
     """Accuracy of each attribute by the product of its tokens' mean with the labels' rows: what training is watched by."""
     anchors, figures = label_rows(model, processor), {}
@@ -405,37 +439,20 @@ def train_queries(
     evaluate_every: int = 100,
     checkpoint: Path | None = None,
 ) -> list[dict]:
-    """The query adapter's outputs learn to be the LLM's own embeddings of the labels; the LLM never runs.
-
-    The outputs are dealt out to the attributes. Of each, the squared distance to the label's row (whose best answer is the
-    mixture of rows by their probability, as soft tokens are) and the cross entropy over all labels' rows.
-    """
+    """The query adapter's outputs learn to be the LLM's own embeddings of the labels ([`label_losses`]); the LLM never
+    runs."""
     adapter, anchors = model.paralinguistic_adapter, label_rows(model, processor)
     with torch.no_grad():  # it begins by saying the mean of the labels
         adapter.output.weight.zero_()
         adapter.output.bias.copy_(torch.cat(list(anchors.values())).mean(0))
-    labels = processor.attribute_labels
-    targets = {n: torch.tensor([l.index(r[n]) if r[n] in l else -100 for r in rows]) for n, l in labels.items()}  # noqa: E741
+    targets = label_targets(rows, processor)
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         batch = torch.randint(0, len(rows), (batch_size,), generator=generator)
         states, lengths = store.batch([rows[i] for i in batch])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs = adapter.read(mask_frames(adapter.mix(states), lengths, generator), lengths)
-        total = torch.zeros(())
-        for place, (name, rows_of) in enumerate(anchors.items()):
-            target = targets[name][batch]
-            known = target >= 0
-            if not known.any():
-                continue
-            own, target = outputs[known, place :: len(anchors)].float(), target[known]
-            logits = LABEL_SCALE * (own @ rows_of.T)
-            repeated = target[:, None].expand(logits.shape[:2])
-            entropy = nn.functional.cross_entropy(logits.flatten(0, 1), repeated.flatten(), label_smoothing=0.05)
-            spread = (rows_of - rows_of.mean(0)).pow(2).sum(-1).mean()
-            distance = (own - rows_of[target][:, None]).pow(2).sum(-1).mean() / spread
-            total = total + entropy + distance
-        return total
+        return label_losses(outputs, targets[batch], list(anchors.values())).mean()
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=weight_decay)
     about = {"stage": "queries"}

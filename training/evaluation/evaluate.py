@@ -20,7 +20,7 @@ from ...modeling_dual_slm import resolve_backbone
 from ..attributes import Thresholds
 from ..corpora.schema import read_table
 from ..journal import Journal, write_json, write_text
-from ..tasks import ATTRIBUTES, TASKS, label_sets
+from ..tasks import ATTRIBUTES, KINDS, TASKS, label_sets
 from . import report as reports
 from .judges import judge, load_judge
 from .probes import probe, told_apart
@@ -323,7 +323,8 @@ def compared(first: str | Path, second: str | Path) -> str:
 
 
 def averaged(folders: list[str | Path]) -> str:
-    """Mean and standard deviation of the headline figures over several evaluations (seeds), as Markdown."""
+    """Mean and standard deviation of the headline figures over several evaluations (seeds), as Markdown; behind them, for
+    each suite, those of the mean over all attributes of all corpora."""
     values: dict[tuple, list[float]] = {}
     for folder in folders:
         path = Path(folder) / "report.json"
@@ -333,6 +334,14 @@ def averaged(folders: list[str | Path]) -> str:
             if f["metric"] in reports.SUMMARY:
                 place = (f["suite"], f["corpus"], f["task"], f["metric"], f["condition"])
                 values.setdefault(place, []).append(f["value"])
+    attributes: dict[tuple, list[list[float]]] = {}
+    for (suite, _, task, metric, condition), found in values.items():
+        if KINDS.get(task) == "paralinguistic" and len(found) == len(folders):
+            attributes.setdefault((suite, metric, condition), []).append(found)
+    for (suite, metric, condition), rows in attributes.items():
+        if len(rows) > 1:
+            place = (suite, "mean", f"{len(rows)} attributes", metric, condition)
+            values[place] = [statistics.mean(of_one) for of_one in zip(*rows, strict=True)]
     conditions = list(dict.fromkeys(place[-1] for place in values))
     lines = [
         f"| {len(folders)} evaluations: mean ± standard deviation (% but for losses) | "
