@@ -320,6 +320,11 @@ def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path
     log = json.loads((final / "training_log.json").read_text())
     assert [entry["stage"] for entry in log[:4]] == ["queries"] * 4  # stage 0 by itself, before the LLM
     assert 0 <= log[0]["emotion"] <= 1
+    history = json.loads((tmp_path / "whole" / "stage-1-emotion" / "log.json").read_text())
+    assert any(entry.get("loss_caption", 0) > 0 for entry in history)  # the share that is kept of stage 0
+    tried = [entry["eval_accuracy_emotion"] for entry in history if entry.get("eval_loss") and entry["step"]]
+    assert log[-1]["eval_accuracy_emotion"] == max(tried)
+    assert "use_cache" not in json.loads((final / "config.json").read_text())
     processor = DualSLMProcessor.from_pretrained(final)
     assert processor.attribute_labels == {"emotion": ["happy", "sad"]}
     assert "{choices}" in processor.attribute_questions["emotion"]["instruction"]

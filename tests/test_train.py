@@ -634,6 +634,7 @@ def test_every_recipe_of_the_package_is_sound():
         (["model.adapters=paper"], "warm_start.enabled needs other model.adapters"),
         (["stages.0.err_stage=second"], "it must be one of joint, disentangle, holistic"),
         (["stages.0.objective=mse"], "it must be one of ce, kl, ce"),
+        (["stages.0.best_by=accuracy_asr"], "best_by is 'accuracy_asr'; it must be one of loss, wer, accuracy_gender"),
         (["data.synthesise_hours=0"], "data.tables is empty"),
         (["stages.0.tasks.asrr=1"], "no task 'asrr'; did you mean 'asr'"),
         (["batch"], "it is KEY=VALUE"),

@@ -1,6 +1,7 @@
 """The warm start's parts, and the voices it learns from."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from dual_slm.training.warm_start import (
     batches_by_length,
     caption_targets,
     draw_pieces,
+    label_losses,
     normalize,
     nothing_said,
     train_linguistic,
@@ -195,6 +197,25 @@ def test_a_sampled_softmax_stands_for_the_whole():
     assert torch.stack(found).mean().item() == pytest.approx(whole.item(), rel=0.03)
     pieces, offset = draw_pieces(spelled, 500, 0, generator)
     assert torch.equal(pieces, torch.arange(500)) and not offset.any()
+
+
+def test_the_loss_of_labels_is_least_for_the_right_rows_and_nothing_where_none_is_known():
+    anchors = [torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])]
+    targets = torch.tensor([[0, 2], [1, -100], [-100, -100]])
+    right = torch.stack([torch.stack([anchors[0][a], anchors[1][b]]) for a, b in ((0, 2), (1, 0), (0, 0))])
+    losses = label_losses(right.repeat(1, 3, 1), targets, anchors)  # six outputs, dealt out to two attributes
+    # No distance is left. The first attribute's entropy: logits 40 and 0, 5 % of it smoothed to both labels.
+    assert losses[1].item() == pytest.approx(0.025 * 40, abs=1e-3)
+    assert losses[2].item() == 0.0
+    wrong = right.flip(1).repeat(1, 3, 1)
+    assert (label_losses(wrong, targets, anchors)[:2] > losses[:2]).all()
+    half = torch.ones(
+        1, 6, 2, requires_grad=True
+    )  # both labels of the first attribute as likely, at the distance sqrt(2)
+    (loss,) = label_losses(half, targets[1:2], anchors)
+    assert loss.item() == pytest.approx(math.log(2) + 2 / 2)
+    loss.backward()
+    assert half.grad[0, ::2].any() and not half.grad[0, 1::2].any()
 
 
 def test_dynamics_tell_fast_change_from_slow():

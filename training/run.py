@@ -490,8 +490,11 @@ def run_stage(
         compute_metrics=reply_metrics(items, processor, recipe.data.read_aloud),
         callbacks=[_Curves(folder)],
     )
+    del model.config.use_cache  # the stock trainer writes it there, and every checkpoint would tell it
     trainer.train(resume_from_checkpoint=checkpoint)
-    figures = trainer.evaluate()
+    # The best checkpoint is in the model now, and was evaluated when it was written.
+    done = [e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == trainer.state.best_global_step]
+    figures = done[-1] if done else trainer.evaluate()
     if PartialState().is_main_process:
         write_json(folder / "log.json", trainer.state.log_history)
         plot_log(trainer.state.log_history, folder / "curves.png")
@@ -636,6 +639,8 @@ def plan(recipe: Recipe, output: str | Path) -> str:
     """What a run would do: rows, steps, memory and hours, without doing it."""
     lines = [f"recipe {recipe.name}: {recipe.model.audio_model_id} + {recipe.model.text_model_id}"]
     rows = [row for row in read_table(*recipe.data.tables) if row["audio"]] if recipe.data.tables else []
+    if rows and recipe.data.histories:
+        rows = list(lend_histories(rows, read_table(*recipe.data.histories), recipe.train.seed))
     if recipe.data.synthesise_hours:
         lines.append(f"data      {recipe.data.synthesise_hours} h to synthesise")
     train = sum(1 + recipe.data.augment.get(row["corpus"], 0) for row in rows if row["split"] == "train")
@@ -660,7 +665,7 @@ def plan(recipe: Recipe, output: str | Path) -> str:
         len(r["transcript"] or "") + sum(len(t["content"]) for t in r["history"]) + len(r["response"] or "")
         for r in rows
     ]
-    tokens = np.mean(letters) / 4 + 70
+    tokens, longest = np.mean(letters) / 4 + 70, np.max(letters) / 4 + 70
     for number, stage in enumerate(recipe.stages, 1):
         per_epoch = train // recipe.train.batch_size
         steps = (
@@ -673,19 +678,34 @@ def plan(recipe: Recipe, output: str | Path) -> str:
         lines.append(
             f"stage {number}   {stage.name}: {steps:,} steps of {recipe.train.batch_size}, floor {flops / rate / 60:,.1f} min"
         )
-    width = {"float32": 4, "auto": 4}.get(recipe.model.dtype, 2) * (0.28 if recipe.model.load_in_4bit else 1)
+    item = {"float32": 4, "auto": 4}.get(recipe.model.dtype, 2)
+    width = item * (0.28 if recipe.model.load_in_4bit else 1)
     size = positions_floor(1, 0, text) / 4 + text.vocab_size * text.hidden_size
-    activations = recipe.train.batch_size * tokens * text.num_hidden_layers * text.hidden_size * 34 * 2
+    activations = activation_bytes(recipe.train.batch_size, longest, text, item, not torch.cuda.is_available())
     if recipe.train.activation_checkpointing:
         activations /= 12
     lines.append(
-        f"memory    LLM {size * width / 2**30:.1f} GiB, activations about {activations / 2**30:.1f} GiB a batch"
+        f"memory    LLM {size * width / 2**30:.1f} GiB, activations about {activations / 2**30:.1f} GiB in the longest batch "
+        f"({recipe.train.batch_size} of {longest:.0f} positions)"
     )
     lines.append(
         f"time      about {total / 3600:.2f} h or more, at {rate / 1e12:.2f} TFLOPS measured here; expect 1.5 to 2 times that"
     )
     lines.append(f"output    {output}")
     return "\n".join(lines)
+
+
+def activation_bytes(rows: int, positions: float, config, item: int, eager: bool) -> float:
+    """What the backward pass through a frozen LLM keeps: of each position and layer the norms, queries and keys (7 times
+    the width), the feed-forward's three products, and with eager attention each weight, once more in float32.
+
+    Args:
+        item: bytes of a number.
+    """
+    kept = item * (7 * config.hidden_size + 3 * config.intermediate_size)
+    if eager:
+        kept += (item + 4) * config.num_attention_heads * positions
+    return rows * positions * config.num_hidden_layers * kept
 
 
 def matrix_rate(dtype: str = "auto", size: int = 2048) -> float:
