@@ -475,6 +475,7 @@ def run_stage(
         accelerator_config={"split_batches": True, "dispatch_batches": False},
         ddp_find_unused_parameters=False,
         report_to=about.report_to or "none",
+        project=recipe.name,  # trackio's; the default is "huggingface"
         run_name=f"{recipe.name}/{stage.name}",
         disable_tqdm=False,
     )

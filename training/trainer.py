@@ -15,7 +15,7 @@ from .corpora.schema import share
 from .err import Sources, draw_sources
 from .recipe import StageRecipe
 from .tasks import KINDS, TASKS, label_sets, make_sample, tasks_of
-from .warm_start import label_losses, label_rows
+from .warm_start import TRIM_EVERY, label_losses, label_rows, trim_heap
 
 
 class StageDataset(Dataset):
@@ -179,6 +179,7 @@ class DualSLMTrainer(Seq2SeqTrainer):
         if stage.caption_share and self.processing_class.caption_slots is None:
             self._anchors = list(label_rows(self.model, self.processing_class).values())
         self.add_callback(_CompleteCheckpoints())
+        self.add_callback(_TrimmedHeap())
         taught = set()  # kinds of tasks that something learns from
         for name, parameter in self.model.named_parameters():
             if "_adapter." in name or ".lora_" in name:
@@ -408,6 +409,12 @@ class _CompleteCheckpoints(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if folder.is_dir():
                 (folder / "complete").touch()
+
+
+class _TrimmedHeap(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % TRIM_EVERY == 0:
+            trim_heap()
 
 
 def checkpoint_activations(model) -> None:

@@ -5,10 +5,12 @@ each of its outputs. Both read cached features of the frozen encoder.
 """
 
 import collections
+import ctypes
 import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from tqdm import tqdm
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..processing_dual_slm import DualSLMProcessor
 from .features import FeatureStore, pad_frames
+
+TRIM_EVERY = 10  # steps
 
 # --------------------------------------------------------------------------------------------------------------------
 # Spelling
@@ -253,6 +257,8 @@ def _descend(
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if step % TRIM_EVERY == 0:
+            trim_heap()
         running = value.item() if running is None else 0.97 * running + 0.03 * value.item()
         bar.set_postfix(loss=f"{running:.3f}", refresh=False)
         if step % evaluate_every == 0 or step == steps:
@@ -272,6 +278,13 @@ def _descend(
                 os.replace(scratch, checkpoint)
     adapter.eval()
     return log
+
+
+def trim_heap() -> None:
+    """Gives freed memory back to the system, where the C library can. `dual-slm train` keeps what is freed in the heap (see
+    `cli.py`), and batches of all lengths leave holes there that no other batch fits into: gigabytes after a hundred steps."""
+    with suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def draw_pieces(
