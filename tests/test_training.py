@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ import torch
 from conftest import LABELS, make_model, tone
 from dual_slm.modeling_dual_slm import masked_statistics
 from dual_slm.training.attributes import Thresholds, classify, measure
+from dual_slm.training.cli import _TUNABLES
 from dual_slm.training.corpora.folder import read_folder
 from dual_slm.training.corpora.schema import make_row
 from dual_slm.training.corpora.synthesis import build_nonspeech, degrade, span
@@ -289,3 +294,22 @@ def test_a_feature_store_goes_on_where_it_stopped(tiny_backbones, tmp_path, monk
     for row in rows:
         # Another batch pads otherwise, and bfloat16 rounds: the last bit of a half may differ.
         torch.testing.assert_close(whole.get(row), part.get(row), atol=0.1, rtol=0.05)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator that is tuned is glibc's")
+def test_holes_in_the_heap_are_given_back():
+    """As `dual-slm train` sets the allocator, freed tensors between used ones stay with the process until it is told."""
+    code = """
+import psutil, torch
+from dual_slm.training.warm_start import trim_heap
+kept = [torch.ones(2**20) for _ in range(200)]  # 4 MiB each
+del kept[:-1:2]
+before = psutil.Process().memory_info().rss
+trim_heap()
+print(before - psutil.Process().memory_info().rss)
+assert all(float(tensor.sum()) == 2**20 for tensor in kept)
+"""
+    environment = os.environ | {"GLIBC_TUNABLES": _TUNABLES}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 250 * 2**20  # of 400 MiB
