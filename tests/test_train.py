@@ -19,6 +19,7 @@ import soundfile
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 from conftest import LABELS, make_model, tone
 from dual_slm import DualSLMForConditionalGeneration
@@ -34,6 +35,7 @@ from dual_slm.training.trainer import (
     BucketSampler,
     DualSLMTrainer,
     StageDataset,
+    activation_bytes,
     checkpoint_activations,
     last_checkpoint,
 )
@@ -443,6 +445,47 @@ def test_activation_checkpointing_changes_nothing_but_memory(bench, monkeypatch)
     assert results[1][0] == 2  # computed again in the backward pass
     for plain, checkpointed in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize(("attention", "positions"), [("eager", 64), ("eager", 300), ("sdpa", 300)])
+def test_the_plan_knows_what_the_backward_pass_keeps(attention, positions):
+    """Counted through autograd's own hooks, on layers of SmolLM2's size."""
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = LlamaConfig(**sizes, num_hidden_layers=3, vocab_size=64, attn_implementation=attention)
+    llm = LlamaModel(config).to(torch.bfloat16).requires_grad_(False)
+    weights = {weight.untyped_storage().data_ptr() for weight in llm.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    embeds = torch.randn(2, positions, 576, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = llm(inputs_embeds=embeds, attention_mask=torch.ones(2, positions).long(), use_cache=False)
+    found = sum(size for place, size in kept.items() if place not in weights)
+    assert activation_bytes(2, positions, config, 2, attention == "eager") == pytest.approx(found, rel=0.15)
+    del output
+
+
+def test_a_batch_whose_attention_weights_would_fill_the_memory_gets_the_fused_one(
+    tiny_backbones, tmp_path, monkeypatch
+):
+    """The same losses, by another kernel."""
+    recipe, losses, plain = world(tmp_path, tiny_backbones), [], PreTrainedModel.set_attn_implementation
+    for limit in (2**40, 0):
+        used = []
+        monkeypatch.setattr(
+            LlamaForCausalLM,
+            "set_attn_implementation",
+            lambda llm, name, used=used: used.append(name) or plain(llm, name),
+        )
+        monkeypatch.setattr("dual_slm.training.trainer.EAGER_LIMIT", limit)
+        run(load_recipe(str(recipe)), tmp_path / str(limit))
+        assert used == ([] if limit == 0 else ["eager"])  # the LLM comes with the fused one
+        log = json.loads((tmp_path / str(limit) / "stage-1-joint/log.json").read_text())
+        losses.append([entry["eval_loss"] for entry in log if "eval_loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_a_stage_repeats_the_rows_of_a_rare_corpus(bench):

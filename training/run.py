@@ -43,6 +43,8 @@ from .tasks import lend_histories, tasks_of
 from .trainer import (
     DualSLMTrainer,
     StageDataset,
+    activation_bytes,
+    attention_for,
     checkpoint_activations,
     last_checkpoint,
     positions_floor,
@@ -433,9 +435,6 @@ def run_stage(
     world = PartialState().num_processes
     if about.batch_size % world:
         raise ValueError(f"train.batch_size {about.batch_size} is no multiple of the {world} processes.")
-    if not torch.cuda.is_available():
-        # PyTorch's fused attention has a slow backward pass on a CPU: a step takes 1.6 times as long (benchmark train).
-        model.language_model.set_attn_implementation("eager")
     if about.activation_checkpointing:
         checkpoint_activations(model)
     longest = max(len(processor.tokenizer(item.sample.target)["input_ids"]) for item in items)
@@ -666,7 +665,11 @@ def plan(recipe: Recipe, output: str | Path) -> str:
         len(r["transcript"] or "") + sum(len(t["content"]) for t in r["history"]) + len(r["response"] or "")
         for r in rows
     ]
-    tokens, longest = np.mean(letters) / 4 + 70, np.max(letters) / 4 + 70
+    positions = np.array(letters) / 4 + 70
+    if recipe.model.adapters == "paper":  # the others leave as many positions as there are words
+        rate = 50 / recipe.model.config.get("linguistic_downsample_rate", 5)
+        positions = positions + rate * np.array([r.get("duration") or 4.0 for r in rows])
+    tokens, longest = positions.mean(), positions.max()
     for number, stage in enumerate(recipe.stages, 1):
         per_epoch = train // recipe.train.batch_size
         steps = (
@@ -682,7 +685,8 @@ def plan(recipe: Recipe, output: str | Path) -> str:
     item = {"float32": 4, "auto": 4}.get(recipe.model.dtype, 2)
     width = item * (0.28 if recipe.model.load_in_4bit else 1)
     size = positions_floor(1, 0, text) / 4 + text.vocab_size * text.hidden_size
-    activations = activation_bytes(recipe.train.batch_size, longest, text, item, not torch.cuda.is_available())
+    eager = attention_for(recipe.train.batch_size, longest, text, item) == "eager"
+    activations = activation_bytes(recipe.train.batch_size, longest, text, item, eager)
     if recipe.train.activation_checkpointing:
         activations /= 12
     lines.append(
@@ -694,19 +698,6 @@ def plan(recipe: Recipe, output: str | Path) -> str:
     )
     lines.append(f"output    {output}")
     return "\n".join(lines)
-
-
-def activation_bytes(rows: int, positions: float, config, item: int, eager: bool) -> float:
-    """What the backward pass through a frozen LLM keeps: of each position and layer the norms, queries and keys (7 times
-    the width), the feed-forward's three products, and with eager attention each weight, once more in float32.
-
-    Args:
-        item: bytes of a number.
-    """
-    kept = item * (7 * config.hidden_size + 3 * config.intermediate_size)
-    if eager:
-        kept += (item + 4) * config.num_attention_heads * positions
-    return rows * positions * config.num_hidden_layers * kept
 
 
 def matrix_rate(dtype: str = "auto", size: int = 2048) -> float:

@@ -17,6 +17,8 @@ from .recipe import StageRecipe
 from .tasks import KINDS, TASKS, label_sets, make_sample, tasks_of
 from .warm_start import TRIM_EVERY, label_losses, label_rows, trim_heap
 
+EAGER_LIMIT = 3 * 2**30  # bytes
+
 
 class StageDataset(Dataset):
     """Rows as the items of one stage, those of rare corpora repeated if the stage says so. An item is a function of (seed,
@@ -265,6 +267,12 @@ class DualSLMTrainer(Seq2SeqTrainer):
             for key, value in inputs.items()
             if not key.startswith(("prompt_", "teacher_", "ctc_", "caption_")) and key != "task_ids"
         }
+        if not torch.cuda.is_available():
+            llm = self.accelerator.unwrap_model(model).language_model
+            item = llm.get_input_embeddings().weight.element_size()
+            attention = attention_for(*inputs["input_ids"].shape, llm.config, item)
+            if llm.config._attn_implementation != attention:
+                llm.set_attn_implementation(attention)
         output = model(**model_inputs, only_targets=True)
         known = output.labels != -100
         logits, labels = output.logits[known].float(), output.labels[known]
@@ -439,3 +447,23 @@ def positions_floor(tokens: int, targets: int, config, constant: int = 0) -> flo
     attention = width * head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     layers = config.num_hidden_layers * (attention + 3 * width * inner)
     return (4.0 * tokens - 2.0 * constant) * layers + 4.0 * targets * width * config.vocab_size
+
+
+def activation_bytes(rows: int, positions: float, config, item: int, eager: bool) -> float:
+    """What the backward pass through a frozen LLM keeps: of each position and layer the norms, queries and keys (7 times
+    the width), the feed-forward's three products, and with eager attention each weight, once more in float32.
+
+    Args:
+        item: bytes of a number.
+    """
+    kept = item * (7 * config.hidden_size + 3 * config.intermediate_size)
+    if eager:
+        kept += (item + 4) * config.num_attention_heads * positions
+    return rows * positions * config.num_hidden_layers * kept
+
+
+def attention_for(rows: int, positions: float, config, item: int) -> str:
+    """PyTorch's fused attention has a slow backward pass on a CPU: a step takes 1.6 times as long (benchmark train). But
+    the eager one keeps every weight, of a 73 s clip gigabytes: such a batch is better slow."""
+    small = activation_bytes(rows, positions, config, item, True) <= EAGER_LIMIT
+    return "eager" if small and not torch.cuda.is_available() else "sdpa"
