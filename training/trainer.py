@@ -179,6 +179,11 @@ class DualSLMTrainer(Seq2SeqTrainer):
         super().__init__(*args, **kwargs)
         self._meters = {mode: torch.zeros(len(TASKS) + 2, 3, dtype=torch.float64) for mode in ("train", "eval")}
         if stage.caption_share and self.processing_class.caption_slots is None:
+            if not self.processing_class.attribute_labels:
+                raise ValueError(
+                    f"stage {stage.name}: caption_share keeps what stage 0 taught, and these adapters were taught neither a "
+                    "caption nor labels: set it to 0."
+                )
             self._anchors = list(label_rows(self.model, self.processing_class).values())
         self.add_callback(_CompleteCheckpoints())
         self.add_callback(_TrimmedHeap())
