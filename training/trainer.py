@@ -272,12 +272,7 @@ class DualSLMTrainer(Seq2SeqTrainer):
             for key, value in inputs.items()
             if not key.startswith(("prompt_", "teacher_", "ctc_", "caption_")) and key != "task_ids"
         }
-        if not torch.cuda.is_available():
-            llm = self.accelerator.unwrap_model(model).language_model
-            item = llm.get_input_embeddings().weight.element_size()
-            attention = attention_for(*inputs["input_ids"].shape, llm.config, item)
-            if llm.config._attn_implementation != attention:
-                llm.set_attn_implementation(attention)
+        fit_attention(self.accelerator.unwrap_model(model).language_model, *inputs["input_ids"].shape)
         output = model(**model_inputs, only_targets=True)
         known = output.labels != -100
         logits, labels = output.logits[known].float(), output.labels[known]
@@ -472,3 +467,12 @@ def attention_for(rows: int, positions: float, config, item: int) -> str:
     the eager one keeps every weight, of a 73 s clip gigabytes: such a batch is better slow."""
     small = activation_bytes(rows, positions, config, item, True) <= EAGER_LIMIT
     return "eager" if small and not torch.cuda.is_available() else "sdpa"
+
+
+def fit_attention(llm, rows: int, positions: int) -> None:
+    """On a CPU, the kernel that [`attention_for`] names for a batch; a GPU has one for all."""
+    if torch.cuda.is_available():
+        return
+    attention = attention_for(rows, positions, llm.config, llm.get_input_embeddings().weight.element_size())
+    if llm.config._attn_implementation != attention:
+        llm.set_attn_implementation(attention)
