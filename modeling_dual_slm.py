@@ -475,10 +475,10 @@ class DualSLMTargetOutput(ModelOutput):
     """What training needs of a batch and no more.
 
     Args:
-        logits: (B, K, V) of the last K positions; position i predicts `labels[:, i]`.
-        labels: (B, K), -100 where there is no target.
+        logits: (N, V), one for each of the N targets: they predict `labels[labels != -100]`.
+        labels: (B, K) of the last K positions, -100 where there is no target.
         audio_features: what the adapters made of the clips.
-        num_positions: positions that the LLM computed, padding included.
+        num_positions: real positions that the LLM computed.
         num_constant_positions: those of them that need no backward pass: what stands before the speech.
     """
 
@@ -490,8 +490,9 @@ class DualSLMTargetOutput(ModelOutput):
 
     def target_log_probs(self) -> torch.Tensor:
         """(B, K), the log-probability of each target; 0 where there is none."""
-        log_probs = self.logits.float().log_softmax(-1).gather(-1, self.labels.clamp(min=0)[..., None])[..., 0]
-        return log_probs.masked_fill(self.labels == -100, 0.0)
+        known = self.labels != -100
+        log_probs = self.logits.float().log_softmax(-1).gather(-1, self.labels[known][:, None])[:, 0]
+        return log_probs.new_zeros(known.shape).masked_scatter(known, log_probs)
 
 
 class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -1057,8 +1058,8 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask, position_ids, inputs_embeds, labels, kwargs: as for the LLM.
             audio_states, audio_lengths, audio_pooled, audio_trained: instead of `input_features`, what `encode_audio`
                 gave for the clips, from a cache; see `adapt_audio`.
-            only_targets: with `labels`, drop what is masked out before the LLM runs, and compute logits from the first
-                target on.
+            only_targets: with `labels`, drop what is masked out before the LLM runs, and compute logits of the targets
+                alone.
 
         Returns:
             `CausalLMOutputWithPast` of the LLM, or with `only_targets` a `DualSLMTargetOutput` without a loss.
@@ -1102,9 +1103,9 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     position_ids=positions[:, :prefix],
                     use_cache=True,
                 ).past_key_values
-        # The LLM cuts out the kept positions as a view, for which a matrix product copies the whole output matrix once a
-        # sample: a third of a step's time on a CPU.
-        hook = self.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        # Of the kept positions the output matrix sees those alone that predict a target.
+        known = packed[:, -keep:] != -100
+        hook = self.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :-1][known],))
         try:
             outputs = self.language_model(
                 inputs_embeds=embeds[:, prefix:],
@@ -1116,8 +1117,8 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         finally:
             hook.remove()
-        counts = (mask.numel(), prefix * len(mask))
-        return DualSLMTargetOutput(outputs.logits[:, :-1], packed[:, -keep:], audio_features, *counts)
+        counts = (int(mask.sum()), int(mask[:, :prefix].sum()))
+        return DualSLMTargetOutput(outputs.logits, packed[:, -keep:], audio_features, *counts)
 
     def _constant_prefix(self, input_ids, attention_mask, mask: torch.Tensor, keep: int) -> int:
         """Columns of a packed batch in which no row has reached its speech: system prompt and history. They are the same

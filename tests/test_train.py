@@ -213,10 +213,11 @@ def test_a_killed_run_resumes_to_the_same_bits(finished, tiny_backbones, tmp_pat
         "--output",
         str(tmp_path / "run"),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums are in the same order
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=threads)
     _kill_after(process, (tmp_path / "run" / point).exists)
     assert not (tmp_path / "run" / "final").exists()
-    result = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    result = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=threads)
     assert result.returncode == 0, result.stderr[-2000:]
     expected, found = (load_file(f / "model.safetensors") for f in (final, tmp_path / "run" / "final"))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -317,11 +318,11 @@ def test_cached_packed_training_has_the_loss_of_the_plain_model(bench):
     plain = DualSLMCollator(processor)([item.sample for item in items])
     with torch.no_grad():
         output = model(**batch, only_targets=True)
-        loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), output.labels.flatten())
+        loss = torch.nn.functional.cross_entropy(output.logits, output.labels[output.labels != -100])
         expected = model(**plain).loss
     assert loss.item() == pytest.approx(expected.item(), rel=2e-2)  # bfloat16 encoder in the cache
     assert (output.labels != -100).sum() == (plain["labels"] != -100).sum()
-    assert output.logits.shape[1] < plain["labels"].shape[1]
+    assert len(output.logits) == (plain["labels"] != -100).sum()
 
 
 def test_the_prefix_before_the_speech_is_read_without_gradient_and_changes_nothing(bench, monkeypatch):
@@ -344,7 +345,7 @@ def test_the_prefix_before_the_speech_is_read_without_gradient_and_changes_nothi
         monkeypatch.setattr(sys.modules[type(model).__module__], "_SHORTEST_PREFIX", shortest)
         model.zero_grad()
         output = model(**batch, only_targets=True)
-        loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), output.labels.flatten())
+        loss = torch.nn.functional.cross_entropy(output.logits, output.labels[output.labels != -100])
         loss.backward()
         losses.append(loss.item())
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
@@ -374,7 +375,7 @@ def test_the_teacher_is_the_frozen_llm_on_the_text_twin(bench):
         with torch.no_grad():
             output = model(**batch, only_targets=True)
         mask = output.labels != -100
-        log_probs = output.logits[mask].float().log_softmax(-1)
+        log_probs = output.logits.float().log_softmax(-1)
         token_loss = -log_probs.gather(-1, output.labels[mask][:, None])[:, 0]
         judge = SimpleNamespace(stage=stage(objective="kl"))
         loss = DualSLMTrainer._with_teacher(judge, token_loss, log_probs, ids, teacher)
@@ -400,7 +401,7 @@ def test_err_freezes_the_other_adapter_for_each_sample(bench):
         batch.pop("task_ids")
         output = model(**batch, only_targets=True)
         known = output.labels != -100
-        torch.nn.functional.cross_entropy(output.logits[known], output.labels[known], reduction="sum").backward()
+        torch.nn.functional.cross_entropy(output.logits, output.labels[known], reduction="sum").backward()
         sums = {}
         for branch in ("paralinguistic", "linguistic"):
             parameters = getattr(model, f"{branch}_adapter").parameters()
@@ -433,7 +434,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(bench, monkeypatch)
         torch.manual_seed(0)
         output = model(**batch, only_targets=True)
         known = output.labels != -100
-        torch.nn.functional.cross_entropy(output.logits[known], output.labels[known]).backward()
+        torch.nn.functional.cross_entropy(output.logits, output.labels[known]).backward()
         hook.remove()
         results.append((calls["attention"], [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     for module in model.modules():
@@ -482,7 +483,7 @@ def test_a_batch_whose_attention_weights_would_fill_the_memory_gets_the_fused_on
         )
         monkeypatch.setattr("dual_slm.training.trainer.EAGER_LIMIT", limit)
         run(load_recipe(str(recipe)), tmp_path / str(limit))
-        assert used == ([] if limit == 0 else ["eager"])  # the LLM comes with the fused one
+        assert ("eager" in used) == (limit > 0)  # the LLM comes with the fused one
         log = json.loads((tmp_path / str(limit) / "stage-1-joint/log.json").read_text())
         losses.append([entry["eval_loss"] for entry in log if "eval_loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -201,7 +201,8 @@ def score_targets(samples: list[Sample], model, collator: DualSLMCollator, k: in
         part = [replace(sample, messages=text_twin(sample.messages)) for sample in order[start : start + batch_size]]
         batch = collator(part)
         output = model(**batch, only_targets=True)
-        for sample, logits, labels in zip(part, output.logits, output.labels, strict=True):
-            best = logits[labels != -100].float().log_softmax(-1).topk(k)
+        counts = (output.labels != -100).sum(-1).tolist()
+        for sample, logits in zip(part, output.logits.split(counts), strict=True):
+            best = logits.float().log_softmax(-1).topk(k)
             scores[sample.id] = (best.indices, best.values)
     return scores

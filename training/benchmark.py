@@ -226,7 +226,7 @@ def benchmark_train(model, processor, steps: int = 6, batch_size: int = 16) -> d
     from .features import FeatureStore
     from .recipe import StageRecipe
     from .run import matrix_rate
-    from .trainer import BucketSampler, StageDataset, fit_attention, positions_floor
+    from .trainer import BucketSampler, StageDataset, fitted_attention, positions_floor
 
     draw, rate = random.Random(0), processor.sampling_rate
     dtype = next(model.language_model.parameters()).dtype
@@ -261,7 +261,6 @@ def benchmark_train(model, processor, steps: int = 6, batch_size: int = 16) -> d
             laps = [time.perf_counter()]
             batch = collator([dataset[key] for key in keys])
             batch.pop("task_ids")
-            fit_attention(model.language_model, *batch["input_ids"].shape)
             laps.append(time.perf_counter())
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 audio = model.adapt_audio(
@@ -270,9 +269,10 @@ def benchmark_train(model, processor, steps: int = 6, batch_size: int = 16) -> d
                     batch.pop("audio_trained"),
                 )
                 laps.append(time.perf_counter())
-                output = model(**batch, audio_features=audio, only_targets=True)
+                with fitted_attention(model.language_model):
+                    output = model(**batch, audio_features=audio, only_targets=True)
                 known = output.labels != -100
-                loss = torch.nn.functional.cross_entropy(output.logits[known].float(), output.labels[known])
+                loss = torch.nn.functional.cross_entropy(output.logits.float(), output.labels[known])
             laps.append(time.perf_counter())
             loss.backward()
             laps.append(time.perf_counter())

@@ -71,7 +71,8 @@ class _Batches(torch.utils.data.Dataset):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> tuple[dict | None, list[int], list[str]]:
-        torch.set_num_threads(1)
+        if torch.utils.data.get_worker_info() is not None:
+            torch.set_num_threads(1)
         clips, kept, faults = [], [], []
         for place, row in enumerate(self.batches[index]):
             try:

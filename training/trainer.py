@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from .recipe import StageRecipe
 from .tasks import KINDS, TASKS, label_sets, make_sample, tasks_of
 from .warm_start import TRIM_EVERY, label_losses, label_rows, trim_heap
 
-EAGER_LIMIT = 3 * 2**30  # bytes
+EAGER_LIMIT = 4 * 2**30  # bytes of attention weights that a batch may keep
 
 
 class StageDataset(Dataset):
@@ -272,10 +273,10 @@ class DualSLMTrainer(Seq2SeqTrainer):
             for key, value in inputs.items()
             if not key.startswith(("prompt_", "teacher_", "ctc_", "caption_")) and key != "task_ids"
         }
-        fit_attention(self.accelerator.unwrap_model(model).language_model, *inputs["input_ids"].shape)
-        output = model(**model_inputs, only_targets=True)
+        with fitted_attention(self.accelerator.unwrap_model(model).language_model):
+            output = model(**model_inputs, only_targets=True)
         known = output.labels != -100
-        logits, labels = output.logits[known].float(), output.labels[known]
+        logits, labels = output.logits.float(), output.labels[known]
         log_probs = logits.log_softmax(-1)
         token_loss = -log_probs.gather(-1, labels[:, None])[:, 0]
         owner = tasks[:, None].expand_as(output.labels)[known]
@@ -451,28 +452,38 @@ def positions_floor(tokens: int, targets: int, config, constant: int = 0) -> flo
 
 def activation_bytes(rows: int, positions: float, config, item: int, eager: bool) -> float:
     """What the backward pass through a frozen LLM keeps: of each position and layer the norms, queries and keys (7 times
-    the width), the feed-forward's three products, and with eager attention each weight, once more in float32.
+    the width), the feed-forward's three products, and with eager attention the weights.
 
     Args:
         item: bytes of a number.
     """
-    kept = item * (7 * config.hidden_size + 3 * config.intermediate_size)
-    if eager:
-        kept += (item + 4) * config.num_attention_heads * positions
-    return rows * positions * config.num_hidden_layers * kept
+    kept = rows * positions * config.num_hidden_layers * item * (7 * config.hidden_size + 3 * config.intermediate_size)
+    return kept + (weight_bytes(rows, positions, positions, config, item) if eager else 0)
 
 
-def attention_for(rows: int, positions: float, config, item: int) -> str:
-    """PyTorch's fused attention has a slow backward pass on a CPU: a step takes 1.6 times as long (benchmark train). But
-    the eager one keeps every weight, of a 73 s clip gigabytes: such a batch is better slow."""
-    small = activation_bytes(rows, positions, config, item, True) <= EAGER_LIMIT
-    return "eager" if small and not torch.cuda.is_available() else "sdpa"
+def weight_bytes(rows: int, queries: float, keys: float, config, item: int) -> float:
+    """What eager attention keeps for its backward pass: each weight, and once more in float32."""
+    return (item + 4) * rows * queries * keys * config.num_hidden_layers * config.num_attention_heads
 
 
-def fit_attention(llm, rows: int, positions: int) -> None:
-    """On a CPU, the kernel that [`attention_for`] names for a batch; a GPU has one for all."""
+@contextmanager
+def fitted_attention(llm) -> Iterator[None]:
+    """Each pass through the LLM has, on a CPU, the kernel that is best for what is left of the batch when the prompt is
+    packed: PyTorch's fused attention has a slow backward pass there, a step takes 1.6 times as long (`benchmark train`).
+    But the eager one keeps every weight, of a 73 s clip gigabytes: such a batch is better slow. A GPU has one for all."""
+
+    def fit(_, args, kwargs) -> None:
+        embeds, mask = kwargs["inputs_embeds"], kwargs["attention_mask"]
+        kept = weight_bytes(*embeds.shape[:2], mask.shape[-1], llm.config, embeds.element_size())
+        attention = "eager" if torch.is_grad_enabled() and kept <= EAGER_LIMIT else "sdpa"
+        if llm.config._attn_implementation != attention:
+            llm.set_attn_implementation(attention)
+
     if torch.cuda.is_available():
+        yield
         return
-    attention = attention_for(rows, positions, llm.config, llm.get_input_embeddings().weight.element_size())
-    if llm.config._attn_implementation != attention:
-        llm.set_attn_implementation(attention)
+    hook = llm.get_decoder().register_forward_pre_hook(fit, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
