@@ -215,7 +215,8 @@ def benchmark_align(rows: int = 48) -> dict[str, float]:
 def benchmark_train(model, processor, steps: int = 6, batch_size: int = 16) -> dict[str, float]:
     """A training step beside the unoptimised path and the floor, in one run.
 
-    The clips are the demo clip repeated to 2 to 14 s, half of them ASR, half attribute tasks after up to six turns.
+    The clips are the demo clip repeated to 2 to 14 s, half of them ASR, half attribute tasks after up to six turns; as
+    many rows as training sorts by length at a time, and `steps` of their batches at random.
     Unoptimised: the encoder on log-mel padded to 30 s in every step, PyTorch's fused attention, logits at every position,
     batches without buckets. Floor: `positions_floor` at this machine's matrix rate.
     """
@@ -226,7 +227,7 @@ def benchmark_train(model, processor, steps: int = 6, batch_size: int = 16) -> d
     from .features import FeatureStore
     from .recipe import StageRecipe
     from .run import matrix_rate
-    from .trainer import BucketSampler, StageDataset, fitted_attention, positions_floor
+    from .trainer import BUCKET_SPAN, BucketSampler, StageDataset, fitted_attention, positions_floor
 
     draw, rate = random.Random(0), processor.sampling_rate
     dtype = next(model.language_model.parameters()).dtype
@@ -240,7 +241,7 @@ def benchmark_train(model, processor, steps: int = 6, batch_size: int = 16) -> d
         import soundfile
 
         rows = []
-        for n in range(steps * batch_size):
+        for n in range(BUCKET_SPAN * batch_size):
             seconds = draw.uniform(2, 14)
             path = Path(folder) / f"{n}.flac"
             soundfile.write(path, _clip(seconds, rate), rate)
@@ -295,7 +296,7 @@ def benchmark_train(model, processor, steps: int = 6, batch_size: int = 16) -> d
         mixed = list(BucketSampler(dataset, batch_size, 0, bucketing=False))
         padding, attention = model.config.encoder_padding, model.language_model.config._attn_implementation
         fast_seconds, slow_seconds, positions, targets, constant = 0.0, 0.0, 0, 0, 0
-        for number, (ours, theirs) in enumerate(zip(buckets, mixed, strict=True)):
+        for number, (ours, theirs) in enumerate(zip(buckets[:steps], mixed[:steps], strict=True)):
             started = time.perf_counter()
             done = fast(ours)
             middle = time.perf_counter()
@@ -318,6 +319,6 @@ def benchmark_train(model, processor, steps: int = 6, batch_size: int = 16) -> d
     figures = {"seconds a step": fast_seconds / measured, "unoptimised seconds a step": slow_seconds / measured}
     figures |= {"times as fast as unoptimised": slow_seconds / fast_seconds, "times the floor": fast_seconds / floor}
     figures |= {f"share of {name} %": 100 * value / fast_seconds for name, value in times.items()}
-    figures |= {"matrix rate TFLOPS": floor_rate / 1e12, "positions a step": positions / measured}
+    figures |= {"matrix rate TFLOPS": floor_rate / 1e12, "real positions a step": positions / measured}
     figures["of them without a backward pass"] = constant / measured
     return figures | {"once, for the cache, s": cache_seconds, "samples a step": batch_size}

@@ -18,6 +18,7 @@ from .recipe import StageRecipe
 from .tasks import KINDS, TASKS, label_sets, make_sample, tasks_of
 from .warm_start import TRIM_EVERY, label_losses, label_rows, trim_heap
 
+BUCKET_SPAN = 32  # batches whose rows are sorted by length together: not all, so they differ from epoch to epoch
 EAGER_LIMIT = 4 * 2**30  # bytes of attention weights that a batch may keep
 
 
@@ -148,7 +149,7 @@ class BucketSampler:
         order = order[: len(self) * self.batch_size]
         if self.bucketing:
             sizes = {index: self.dataset.size(index, self.epoch) for index in order}
-            span = 32 * self.batch_size  # sorted within so many only: batches differ from epoch to epoch
+            span = BUCKET_SPAN * self.batch_size
             order = [
                 i
                 for start in range(0, len(order), span)

@@ -1164,6 +1164,38 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output.sequences = sequences
         return output
 
+    @torch.no_grad()
+    def answer_log_probs(
+        self,
+        input_ids: torch.LongTensor,
+        answers: list[torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        audio_features: DualSLMAudioFeatures | None = None,
+    ) -> torch.Tensor:
+        """Log-probability of each of several answers behind one prompt, which is read once.
+
+        Args:
+            input_ids: (1, S) with placeholders.
+            answers: token ids of each answer.
+            audio_features: of the prompt's clips.
+
+        Returns:
+            (answers,), each summed over its tokens, float32.
+        """
+        _, embeds, mask = self.pack_prompt(input_ids, attention_mask, audio_features)
+        rows = nn.utils.rnn.pad_sequence(answers, batch_first=True).to(input_ids.device)
+        real = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in answers], batch_first=True).to(rows.device)
+        with self._lora_for(audio_features):
+            prompt = self.language_model(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=1, use_cache=True)
+            prompt.past_key_values.batch_repeat_interleave(len(rows))
+            behind = self.language_model(
+                input_ids=rows,
+                attention_mask=torch.cat([mask.expand(len(rows), -1), real], dim=1),
+                past_key_values=prompt.past_key_values,
+            )
+        logits = torch.cat([prompt.logits.expand(len(rows), -1, -1), behind.logits[:, :-1]], dim=1)
+        return (logits.float().log_softmax(-1).gather(-1, rows[..., None])[..., 0] * real).sum(-1)
+
     def pack_prompt(
         self,
         input_ids: torch.Tensor,

@@ -602,20 +602,9 @@ class DualSLMProcessor(ProcessorMixin):
         audio = {name: inputs[name] for name in self.model_input_names[2:] if name in inputs}
         if audio_features is None and audio:
             audio_features = model.get_audio_features(**audio)
-        prompt = inputs["input_ids"][0]
         rows = [self.tokenizer(a, add_special_tokens=False, return_tensors="pt")["input_ids"][0] for a in answers]
-        pad = torch.nn.utils.rnn.pad_sequence
-        whole = [torch.cat([prompt, row]) for row in rows]
-        labels = [torch.cat([torch.full_like(prompt, -100), row]) for row in rows]
-        copies = None if audio_features is None else type(audio_features).concatenate([audio_features] * len(rows))
-        output = model(
-            input_ids=pad(whole, batch_first=True, padding_value=self.tokenizer.pad_token_id).to(device),
-            attention_mask=pad([torch.ones_like(row) for row in whole], batch_first=True).to(device),
-            labels=pad(labels, batch_first=True, padding_value=-100).to(device),
-            audio_features=copies,
-            only_targets=True,
-        )
-        return output.target_log_probs().sum(-1).softmax(0).tolist()
+        prompt = inputs["input_ids"].to(device)
+        return model.answer_log_probs(prompt, rows, audio_features=audio_features).softmax(0).tolist()
 
     def ask_attributes(self, model, part: dict, audio_features=None) -> dict[str, dict[str, float]] | None:
         """The probability of each label of each attribute, by asking the LLM the checkpoint's `attribute_questions`.
