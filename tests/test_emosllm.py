@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -24,7 +25,9 @@ from transformers import (
 from conftest import make_model, tone
 from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
 from dual_slm.configuration_dual_slm import EMOSLLM_ADAPTERS
-from dual_slm.training.corpora.schema import make_row
+from dual_slm.training.cli import main
+from dual_slm.training.corpora.schema import make_row, write_table
+from dual_slm.training.evaluation.calibrate import calibration_rows
 from dual_slm.training.recipe import StageRecipe, load_recipe
 from dual_slm.training.run import make_model as training_model
 from dual_slm.training.run import run
@@ -195,6 +198,31 @@ def test_probabilities_of_the_labels_are_those_of_the_answers(small):
     assert turn["attributes"]["emotion"].keys() == found.keys()
 
 
+def test_calibrated_probabilities_are_kept_in_the_checkpoint(small, tmp_path, capsys):
+    """`dual-slm calibrate` writes a temperature; every probability from then on is flatter or sharper by it alone."""
+    model, processor = small
+    model.save_pretrained(tmp_path / "m")
+    processor.save_pretrained(tmp_path / "m")
+    table = []
+    for n, row in enumerate(rows(40)):
+        soundfile.write(tmp_path / f"{n}.wav", tone(0.6, n), 16_000)
+        row |= {"audio": str(tmp_path / f"{n}.wav"), "duration": 0.6, "split": "test" if n < 4 else "validation"}
+        table.append(row)
+    write_table(table, tmp_path / "t.parquet")
+    assert not main(["calibrate", str(tmp_path / "m"), "--data", str(tmp_path / "t.parquet"), "--dtype", "float32"])
+    assert "36 clips" in capsys.readouterr().out  # none of the test
+    again = DualSLMProcessor.from_pretrained(tmp_path / "m")
+    temperature = again.attribute_temperatures["emotion"]
+    assert temperature != 1
+    part = chat(1.0, 4)[0]["content"][0]
+    plain, flat = (np.array(list(p.ask_attributes(model, part)["emotion"].values())) for p in (processor, again))
+    expected = plain ** (1 / temperature)
+    assert flat == pytest.approx(expected / expected.sum(), abs=1e-5)
+    write_table([row | {"split": "test"} for row in table], tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match="no clip of the split 'validation'"):
+        calibration_rows([str(tmp_path / "test.parquet")], None)
+
+
 # ---- encoders of waveforms -------------------------------------------------------------------------------------------
 
 CONV = {"conv_dim": (16, 16, 16), "conv_kernel": (10, 8, 4), "conv_stride": (10, 8, 4), "num_conv_pos_embeddings": 16}
@@ -282,10 +310,6 @@ def test_sources_balance_and_facts_of_a_stage():
 
 
 def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path):
-    import soundfile
-
-    from dual_slm.training.corpora.schema import write_table
-
     table = []
     for n, row in enumerate(rows(16)):
         path = tmp_path / f"{n}.wav"

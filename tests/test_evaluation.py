@@ -31,6 +31,7 @@ from dual_slm.modeling_dual_slm import resolve_backbone
 from dual_slm.training.backbones import ASSETS
 from dual_slm.training.corpora.schema import make_row, read_table, write_table
 from dual_slm.training.evaluation import judges, metrics, report
+from dual_slm.training.evaluation.calibrate import fit_temperature
 from dual_slm.training.evaluation.evaluate import averaged, compared, evaluate
 from dual_slm.training.evaluation.suites import SUITES, Bench, disentanglement
 from dual_slm.training.evaluation.systems import CONDITIONS, Checkpoint
@@ -126,6 +127,16 @@ def test_calibration_error_by_hand():
     """Bin 9: confidences 2.9, two right; bin 1: 0.15, none right."""
     tally = metrics.calibration([(0.95, True), (0.95, False), (1.0, True), (0.15, False)])
     assert metrics.calibration_error(tally) == pytest.approx((0.9 + 0.15) / 4)
+
+
+def test_the_temperature_of_overconfident_probabilities_is_found():
+    """Labels drawn from known probabilities, told three times too sharply."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(20_000, 5)) * 1.5
+    true = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    labels = np.array([rng.choice(5, p=p) for p in true])
+    assert fit_temperature(3 * scores, labels) == pytest.approx(3, rel=0.05)
+    assert fit_temperature(scores, labels) == pytest.approx(1, rel=0.05)
 
 
 def test_intervals_are_over_speakers():

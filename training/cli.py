@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -83,6 +84,8 @@ def reply(args: argparse.Namespace) -> None:
     transcribe = None
     if processor.linguistic_adapter_type == "none" and model.config.audio_config.model_type == "whisper":
         transcribe = _decoder(model)
+    if args.say is None and processor.attribute_questions:  # it was trained to be asked, not to chat
+        args.say = processor.question(next(iter(processor.attribute_questions)))
     conversation = processor.conversation(model, system=args.system, transcribe=transcribe, **generation)
     if args.files:
         for file in args.files:
@@ -142,6 +145,28 @@ def _turn(conversation, args: argparse.Namespace, audio: str | None = None, text
     for piece in pieces:
         print(piece, end="", flush=True)
     print(f"\nseconds     {time.perf_counter() - start:.2f}", flush=True)
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    """Fit a temperature for each attribute on validation speakers; the checkpoint's probabilities are right as often as
+    they say."""
+    from .evaluation.calibrate import calibrate as fit
+    from .evaluation.calibrate import calibration_rows
+    from .evaluation.systems import Checkpoint, load_system
+    from .journal import write_json
+
+    path = Path(args.checkpoint) / "processor_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a checkpoint's folder is calibrated in place.")
+    with tempfile.TemporaryDirectory() as folder:
+        system = load_system(args.checkpoint, args.features or folder, dtype=args.dtype, device=args.device)
+        if not isinstance(system, Checkpoint):
+            raise ValueError(f"{args.checkpoint} is no checkpoint of this package.")
+        rows = calibration_rows(args.data, system.model.config.attribute_thresholds)
+        for name, found in fit(system, rows).items():
+            print(name + "  " + ", ".join(f"{k} {v:.2f}" if k != "clips" else f"{v} clips" for k, v in found.items()))
+    values = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, values | {"attribute_temperatures": system.processor.attribute_temperatures})
 
 
 def push(args: argparse.Namespace) -> None:
@@ -524,6 +549,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16 ...")
     sub.add_argument("--device", default="cpu", help="cpu, cuda ...")
     sub.add_argument("--trust-remote-code", action="store_true", help="run the code in the checkpoint")
+
+    sub = command("calibrate", calibrate)
+    sub.add_argument("checkpoint", help="folder; its processor_config.json is written")
+    sub.add_argument("--data", nargs="+", metavar="TABLE", required=True, help="tables of `dual-slm corpus`")
+    sub.add_argument("--features", default=None, metavar="DIR", help="where features are kept (default: nowhere)")
+    sub.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16 ...")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda ...")
 
     sub = command("push", push)
     sub.add_argument("folder", help="checkpoint folder")

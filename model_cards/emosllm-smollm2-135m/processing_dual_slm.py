@@ -214,6 +214,8 @@ class DualSLMProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): another template than the tokenizer's own.
         num_paralinguistic_tokens, linguistic_adapter_type, linguistic_downsample_rate, encoder_padding, caption_template,
             attribute_labels, attribute_questions: as in [`DualSLMConfig`].
+        attribute_temperatures (`dict[str, float]`, *optional*): attribute -> what the logarithms of its probabilities are
+            divided by, fitted on validation speakers by `dual-slm calibrate`. Default: 1.
         audio_conv (`list[list[int]]`, *optional*): kernels and strides of an encoder of waveforms, which say how many
             frames a clip has.
         paralinguistic_token, linguistic_token (`str`): the placeholders.
@@ -231,6 +233,7 @@ class DualSLMProcessor(ProcessorMixin):
         caption_template: str | None = None,
         attribute_labels: dict[str, list[str]] | None = None,
         attribute_questions: dict[str, dict[str, str]] | None = None,
+        attribute_temperatures: dict[str, float] | None = None,
         audio_conv: list[list[int]] | None = None,
         paralinguistic_token: str = "<|paralinguistic|>",
         linguistic_token: str = "<|linguistic|>",
@@ -241,6 +244,7 @@ class DualSLMProcessor(ProcessorMixin):
         self.caption_template = caption_template
         self.attribute_labels = attribute_labels
         self.attribute_questions = attribute_questions
+        self.attribute_temperatures = attribute_temperatures
         self.linguistic_adapter_type = linguistic_adapter_type
         self.audio_conv = audio_conv
         self.paralinguistic_token = paralinguistic_token
@@ -618,11 +622,21 @@ class DualSLMProcessor(ProcessorMixin):
         found = {}
         for name, question in self.attribute_questions.items():
             labels = self.attribute_labels[name]
-            instruction = question["instruction"].format(choices=", ".join(labels))
-            chat = [{"role": "user", "content": [part, {"type": "text", "text": instruction}]}]
+            chat = [{"role": "user", "content": [part, {"type": "text", "text": self.question(name)}]}]
             answers = [question["answer"].format(label=label) for label in labels]
             found[name] = dict(zip(labels, self.choose(model, chat, answers, audio_features), strict=True))
-        return found
+        return self._calibrated(found)
+
+    def question(self, name: str) -> str:
+        """What the checkpoint was trained to be asked about an attribute."""
+        return self.attribute_questions[name]["instruction"].format(choices=", ".join(self.attribute_labels[name]))
+
+    def _calibrated(self, attributes: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        result = {}
+        for name, found in attributes.items():
+            powers = torch.tensor(list(found.values())) ** (1 / (self.attribute_temperatures or {}).get(name, 1.0))
+            result[name] = dict(zip(found, (powers / powers.sum()).tolist(), strict=True))
+        return result
 
     def decode_audio(self, features) -> list[dict]:
         """What was heard in each clip, both branches listening.
@@ -640,7 +654,9 @@ class DualSLMProcessor(ProcessorMixin):
             tokens = features.linguistic_token_ids.split(features.linguistic_lengths.tolist())
             heard = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
         if features.paralinguistic_logits is not None and self.caption_slots is not None:
-            attributes = [self.caption_slots.read(logits) for logits in features.paralinguistic_logits]
+            attributes = [
+                self._calibrated(self.caption_slots.read(logits)) for logits in features.paralinguistic_logits
+            ]
         return [{"heard": h, "attributes": a} for h, a in zip(heard, attributes, strict=True)]
 
 
