@@ -153,7 +153,7 @@ def calibrate(args: argparse.Namespace) -> None:
     from .evaluation.calibrate import calibrate as fit
     from .evaluation.calibrate import calibration_rows
     from .evaluation.systems import Checkpoint, load_system
-    from .journal import write_json
+    from .journal import write_text
 
     path = Path(args.checkpoint) / "processor_config.json"
     if not path.is_file():
@@ -166,7 +166,8 @@ def calibrate(args: argparse.Namespace) -> None:
         for name, found in fit(system, rows).items():
             print(name + "  " + ", ".join(f"{k} {v:.2f}" if k != "clips" else f"{v} clips" for k, v in found.items()))
     values = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, values | {"attribute_temperatures": system.processor.attribute_temperatures})
+    values["attribute_temperatures"] = system.processor.attribute_temperatures
+    write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")  # as save_pretrained writes it
 
 
 def push(args: argparse.Namespace) -> None:
