@@ -41,14 +41,13 @@ from .prompts import PROMPTS
 from .recipe import DataRecipe, Recipe, StageRecipe
 from .tasks import lend_histories, tasks_of
 from .trainer import (
-    EAGER_LIMIT,
     DualSLMTrainer,
     StageDataset,
     activation_bytes,
     checkpoint_activations,
+    eager_fits,
     last_checkpoint,
     positions_floor,
-    weight_bytes,
     with_stage_sources,
 )
 from .warm_start import (
@@ -686,8 +685,7 @@ def plan(recipe: Recipe, output: str | Path) -> str:
     item = {"float32": 4, "auto": 4}.get(recipe.model.dtype, 2)
     width = item * (0.28 if recipe.model.load_in_4bit else 1)
     size = positions_floor(1, 0, text) / 4 + text.vocab_size * text.hidden_size
-    kept = weight_bytes(recipe.train.batch_size, longest, longest, text, item)
-    eager = kept <= EAGER_LIMIT and not torch.cuda.is_available()
+    eager = eager_fits(recipe.train.batch_size, longest, longest, text, item)
     activations = activation_bytes(recipe.train.batch_size, longest, text, item, eager)
     if recipe.train.activation_checkpointing:
         activations /= 12

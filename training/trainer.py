@@ -467,6 +467,11 @@ def weight_bytes(rows: int, queries: float, keys: float, config, item: int) -> f
     return (item + 4) * rows * queries * keys * config.num_hidden_layers * config.num_attention_heads
 
 
+def eager_fits(rows: int, queries: float, keys: float, config, item: int) -> bool:
+    """Whether a batch has eager attention: on a CPU, if its weights are few enough to be kept."""
+    return not torch.cuda.is_available() and weight_bytes(rows, queries, keys, config, item) <= EAGER_LIMIT
+
+
 @contextmanager
 def fitted_attention(llm) -> Iterator[None]:
     """Each pass through the LLM has, on a CPU, the kernel that is best for what is left of the batch when the prompt is
@@ -475,8 +480,8 @@ def fitted_attention(llm) -> Iterator[None]:
 
     def fit(_, args, kwargs) -> None:
         embeds, mask = kwargs["inputs_embeds"], kwargs["attention_mask"]
-        kept = weight_bytes(*embeds.shape[:2], mask.shape[-1], llm.config, embeds.element_size())
-        attention = "eager" if torch.is_grad_enabled() and kept <= EAGER_LIMIT else "sdpa"
+        fits = eager_fits(*embeds.shape[:2], mask.shape[-1], llm.config, embeds.element_size())
+        attention = "eager" if fits and torch.is_grad_enabled() else "sdpa"
         if llm.config._attn_implementation != attention:
             llm.set_attn_implementation(attention)
 

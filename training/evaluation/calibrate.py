@@ -1,6 +1,7 @@
 """A temperature for each attribute, so that a label named with 70 % is right about seven times in ten."""
 
 import numpy as np
+import torch
 
 from ..attributes import Thresholds
 from ..corpora.schema import read_table
@@ -64,16 +65,11 @@ def calibration_rows(tables: list[str], thresholds: dict | None) -> list[dict]:
     return [relabel(row, borders) for row in rows]
 
 
-def _normalised(log_probs: np.ndarray) -> np.ndarray:
-    shifted = log_probs - log_probs.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-
-
 def _loss(log_probs: np.ndarray, targets: np.ndarray) -> float:
-    return float(-_normalised(log_probs)[np.arange(len(targets)), targets].mean())
+    return float(torch.nn.functional.cross_entropy(torch.from_numpy(log_probs), torch.from_numpy(targets)))
 
 
 def _error(log_probs: np.ndarray, targets: np.ndarray) -> float:
-    probabilities = np.exp(_normalised(log_probs))
+    probabilities = torch.from_numpy(log_probs).softmax(1).numpy()
     pairs = zip(probabilities.max(1).tolist(), (probabilities.argmax(1) == targets).tolist(), strict=True)
     return float(calibration_error(calibration(pairs)))
