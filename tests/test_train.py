@@ -609,6 +609,20 @@ def test_stage_0_goes_on_from_the_words_of_a_checkpoint_that_fits(tiny_backbones
         take_linguistic(other, tmp_path / "ckpt")
 
 
+def test_stage_0_goes_on_from_a_whole_checkpoint(tiny_backbones, tmp_path):
+    """More words for a released checkpoint: its words learn on, its voice stays bit for bit without caption steps."""
+    first = run(load_recipe(str(world(tmp_path, tiny_backbones)), ["stages=[]"]), tmp_path / "first")
+    settings = ["stages=[]", f"model.start_from={first}", "model.config={}", "warm_start.caption_steps=0"]
+    settings += ["warm_start.pieces=[60]", "warm_start.steps=[4]"]
+    second = run(load_recipe(str(tmp_path / "recipe.yaml"), settings), tmp_path / "second")
+    old, new = (load_file(folder / "model.safetensors") for folder in (first, second))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert {name.split(".")[0] for name in changed} == {"linguistic_adapter"}
+    assert "linguistic_adapter.linear_1.weight" in changed
+    with pytest.raises(ValueError, match=r"warm_start.pieces.*99.*has 60"):
+        run(load_recipe(str(tmp_path / "recipe.yaml"), [*settings, "warm_start.pieces=[99]"]), tmp_path / "third")
+
+
 # ---- features --------------------------------------------------------------------------------------------------------
 
 

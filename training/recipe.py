@@ -28,7 +28,7 @@ class ModelRecipe:
     dtype: str = field(default="auto", metadata={"help": "of the backbones: auto, float32, bfloat16"})
     load_in_4bit: bool = field(default=False, metadata={"help": "the LLM by bitsandbytes"})
     start_from: str | None = field(
-        default=None, metadata={"help": "a checkpoint whose adapters training goes on from"}
+        default=None, metadata={"help": "a checkpoint that training goes on from, with stage 0 if that is enabled"}
     )
 
 

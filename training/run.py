@@ -157,7 +157,7 @@ def load_data(recipe: Recipe, folder: Path, thresholds: dict | None = None) -> D
     if about.synthesise_hours > 0:
         tables.append(_synthesised(recipe, folder))
     rows = _with_audio(read_table(*tables), about)
-    starts = recipe.warm_start.enabled and not recipe.model.start_from and recipe.warm_start.tables
+    starts = recipe.warm_start.enabled and recipe.warm_start.tables
     words = _with_audio(read_table(*recipe.warm_start.tables), about) if starts else []
     if about.histories:
         rows = list(lend_histories(rows, read_table(*about.histories), recipe.train.seed))
@@ -308,9 +308,15 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
             about.caption_steps,
             about.learning_rate,
             seed=seed,
+            fresh=recipe.model.start_from is None,
             evaluate=lambda _: read_labels(model, store, own_clips(data.validation), processor),
             evaluate_every=min(100, max(1, about.caption_steps // 3)),
             checkpoint=folder / "queries.pt",
+        )
+    if about.pieces[-1] != model.config.linguistic_ctc_vocab_size:
+        raise ValueError(
+            f"warm_start.pieces ends with {about.pieces[-1]}, and the linguistic adapter of {recipe.model.start_from} has "
+            f"{model.config.linguistic_ctc_vocab_size}: name as many, or leave stage 0 out by warm_start.enabled=false."
         )
     clips = own_clips(data.train)
     spoken = own_clips([row for row in data.train + data.words if row["transcript"]])
@@ -604,7 +610,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
         if state.is_main_process:
             write_json(output / "environment.json", environment(data))
     log: list[dict] = []
-    if recipe.warm_start.enabled and not recipe.model.start_from:
+    if recipe.warm_start.enabled:
         folder = output / "stage-0"
         with state.main_process_first():
             if not (folder / "final" / "config.json").is_file():
@@ -647,7 +653,7 @@ def plan(recipe: Recipe, output: str | Path) -> str:
     hours = sum(row["duration"] or 0 for row in rows) / 3600
     if rows:
         lines.append(f"data      {train:,} training clips with augmented copies, {hours:.2f} h of audio in all splits")
-    if recipe.warm_start.enabled and not recipe.model.start_from:
+    if recipe.warm_start.enabled:
         steps = " + ".join(map(str, recipe.warm_start.steps))
         more = read_table(*recipe.warm_start.tables) if recipe.warm_start.tables else []
         more = [row for row in more if row["audio"] and row["split"] == "train"]
