@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -621,6 +622,37 @@ def test_stage_0_goes_on_from_a_whole_checkpoint(tiny_backbones, tmp_path):
     assert "linguistic_adapter.linear_1.weight" in changed
     with pytest.raises(ValueError, match=r"warm_start.pieces.*99.*has 60"):
         run(load_recipe(str(tmp_path / "recipe.yaml"), [*settings, "warm_start.pieces=[99]"]), tmp_path / "third")
+
+
+def test_an_llm_in_4_bits_teaches_the_adapters(tiny_backbones, tmp_path):
+    """bitsandbytes' NF4 for the LLM alone; gradients go through it, also after an evaluation, its weights stay."""
+    audio, text = tiny_backbones
+    shutil.copytree(text, tmp_path / "llama")
+    config = LlamaConfig.from_pretrained(text)
+    config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})  # its CPU kernel wants whole blocks
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    settings = ["model.load_in_4bit=true", "model.dtype=bfloat16", "stages.0.max_steps=2", "train.eval_steps=1"]
+    recipe = load_recipe(str(world(tmp_path, (audio, str(tmp_path / "llama")))), settings)
+    recipe.stages = recipe.stages[:1]
+    model, _ = training_model(recipe)
+    quantised = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert len(quantised) == 2 * 7  # all of both decoder layers
+    assert all(name.startswith("language_model.") for name in quantised)
+    # On some CPUs bitsandbytes repacks the weights in a pass without gradients, for a kernel that has none.
+    inputs, gradients = torch.randn(2, 5, 64, dtype=torch.bfloat16), []
+    for _ in range(2):
+        embeds = inputs.clone().requires_grad_()
+        model.language_model(inputs_embeds=embeds).logits.float().logsumexp(-1).sum().backward()
+        gradients.append(embeds.grad)
+        with torch.no_grad():
+            model.language_model(inputs_embeds=inputs)
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
+    final = run(recipe, tmp_path / "run")
+    before, after = (load_file(f / "model.safetensors") for f in (tmp_path / "run" / "stage-0" / "final", final))
+    assert {name.split(".")[0] for name in after} == {"paralinguistic_adapter", "linguistic_adapter"}
+    for branch in ("paralinguistic_adapter", "linguistic_adapter"):
+        assert any(not torch.equal(before[name], after[name]) for name in after if name.startswith(branch))
 
 
 # ---- features --------------------------------------------------------------------------------------------------------

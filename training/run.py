@@ -81,7 +81,8 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
     if about.load_in_4bit:
         from transformers import BitsAndBytesConfig
 
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
+        kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": options["dtype"] or "float32"}  # as in QLoRA
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **kind)
     if about.start_from:
         processor = DualSLMProcessor.from_pretrained(about.start_from)
         added = {"paralinguistic_soft_residual", "linguistic_soft_residual"}  # start at zero: nothing changes
@@ -98,6 +99,7 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
                 adapter.output.in_features if adapter is model.paralinguistic_adapter else width, width
             )
             setattr(model.config, name, True)
+        _keep_gradients(model)
         return model, processor
     for name in (about.audio_model_id, about.text_model_id):
         if name in BACKBONES:
@@ -134,7 +136,16 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
     processor = DualSLMProcessor.from_config(model.config, extractor, tokenizer)
     if slots is not None:
         model.paralinguistic_adapter.soft_tokens.token_ids = torch.tensor(slots.token_ids)
+    _keep_gradients(model)
     return model, processor
+
+
+def _keep_gradients(model: DualSLMForConditionalGeneration) -> None:
+    """bitsandbytes repacks 4-bit weights in the first pass without gradients on some CPUs (AVX512-BF16), for a kernel that
+    has no gradient: training would go on behind the first evaluation and learn nothing."""
+    for module in model.language_model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 @dataclass
@@ -689,14 +700,14 @@ def plan(recipe: Recipe, output: str | Path) -> str:
             f"stage {number}   {stage.name}: {steps:,} steps of {recipe.train.batch_size}, floor {flops / rate / 60:,.1f} min"
         )
     item = {"float32": 4, "auto": 4}.get(recipe.model.dtype, 2)
-    width = item * (0.28 if recipe.model.load_in_4bit else 1)
-    size = positions_floor(1, 0, text) / 4 + text.vocab_size * text.hidden_size
+    layer = 0.5625 if recipe.model.load_in_4bit else item  # bytes a weight; NF4 keeps a float32 for each 64
+    size = positions_floor(1, 0, text) / 4 * layer + text.vocab_size * text.hidden_size * item
     eager = eager_fits(recipe.train.batch_size, longest, longest, text, item)
     activations = activation_bytes(recipe.train.batch_size, longest, text, item, eager)
     if recipe.train.activation_checkpointing:
         activations /= 12
     lines.append(
-        f"memory    LLM {size * width / 2**30:.1f} GiB, activations about {activations / 2**30:.1f} GiB in the longest batch "
+        f"memory    LLM {size / 2**30:.1f} GiB, activations about {activations / 2**30:.1f} GiB in the longest batch "
         f"({recipe.train.batch_size} of {longest:.0f} positions)"
     )
     lines.append(
