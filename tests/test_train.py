@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -243,8 +244,10 @@ def test_half_a_checkpoint_does_not_count(tmp_path):
     assert last_checkpoint(tmp_path / "none") is None
 
 
-def test_two_processes_do_what_one_does(tiny_backbones, tmp_path):
-    """A real run of two processes over gloo, the same global batches: the same adapters within float tolerance."""
+@pytest.mark.parametrize("settings", [[], ["train.shard_llm=true"]], ids=["whole", "sharded"])
+def test_two_processes_do_what_one_does(tiny_backbones, tmp_path, settings):
+    """A real run of two processes over gloo, the same global batches: the same adapters within float tolerance, also where
+    each process keeps but half of the LLM's layers."""
     still = {"paralinguistic_dropout": 0.0, "linguistic_dropout": 0.0}
     recipe = world(tmp_path, tiny_backbones)
     values = yaml.safe_load(recipe.read_text())
@@ -255,9 +258,12 @@ def test_two_processes_do_what_one_does(tiny_backbones, tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
         launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"] if processes == 2 else []
         command = [sys.executable, *launch, "-m", "dual_slm.training.cli", "train", "--recipe", str(recipe)]
-        command += ["--output", str(tmp_path / name)]
+        command += ["--output", str(tmp_path / name), *(["--set", *settings] if settings else [])]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert result.returncode == 0, result.stderr[-3000:]
+    if settings:
+        kept, whole = re.search(r"layers: ([\d.]+) of ([\d.]+) MiB in each process", result.stdout).groups()
+        assert float(kept) == pytest.approx(float(whole) / 2, abs=0.011)
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=2e-3, atol=2e-4)

@@ -184,7 +184,7 @@ def align_rows(rows: Iterable[dict], aligner: Aligner, journal: Journal, report:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: layers that are shared out keep what they gather
 def score_targets(samples: list[Sample], model, collator: DualSLMCollator, k: int = 32, batch_size: int = 8) -> dict:
     """The frozen LLM's `k` most likely tokens at each token of a target, given the text twin of its conversation.
 

@@ -128,6 +128,9 @@ class TrainRecipe:
     max_grad_norm: float = 1.0
     bf16: bool = False
     activation_checkpointing: bool = False
+    shard_llm: bool = field(
+        default=False, metadata={"help": "several processes share the frozen LLM's layers out among them (FSDP)"}
+    )
     positional_randomness: bool = True
     eval_steps: int = 100
     save_steps: int = 100
@@ -260,6 +263,8 @@ def _check(recipe: Recipe, where: str) -> None:
         faults.append("warm_start.pieces and warm_start.steps are not equally long")
     if len({stage.name for stage in recipe.stages}) < len(recipe.stages) or not all(s.name for s in recipe.stages):
         faults.append("every stage needs a name of its own")
+    if recipe.train.shard_llm and (recipe.model.load_in_4bit or recipe.model.adapters == "emosllm"):
+        faults.append("train.shard_llm is for an LLM without LoRA in 16 or 32 bits, not for emosllm or load_in_4bit")
     if not recipe.data.tables and recipe.data.synthesise_hours <= 0:
         faults.append("data.tables is empty; name tables of `dual-slm corpus`, or set data.synthesise_hours")
     unknown = set(recipe.data.synthesise_engines) - {voice.engine for voice in VOICES}

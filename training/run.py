@@ -48,6 +48,7 @@ from .trainer import (
     eager_fits,
     last_checkpoint,
     positions_floor,
+    shard_llm,
     with_stage_sources,
 )
 from .warm_start import (
@@ -630,6 +631,8 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
             else:
                 restore(model, folder)
                 log += json.loads((folder / "final" / "training_log.json").read_text(encoding="utf-8"))
+    if recipe.train.shard_llm and state.num_processes > 1:
+        shard_llm(model)
     teacher = None
     if any(stage.objective != "ce" for stage in recipe.stages):
         every = StageDataset(data.train, StageRecipe(name="teacher", tasks={"dialogue": 1.0}), recipe.train.seed)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from transformers import Seq2SeqTrainer, TrainerCallback
 
@@ -407,6 +410,7 @@ class DualSLMTrainer(Seq2SeqTrainer):
                 audio_features=audio,
                 do_sample=False,
                 max_new_tokens=self.args.generation_max_length,
+                synced_gpus=is_sharded(bare),
             )
         return loss, sequences[:, prompt.shape[1] :], inputs["labels"]
 
@@ -430,6 +434,27 @@ class _TrimmedHeap(TrainerCallback):
 def checkpoint_activations(model) -> None:
     """Keeps of the LLM's activations only the layers' inputs; transformers renamed the method between 5.17 and 5.23."""
     (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+
+
+def is_sharded(model) -> bool:
+    """Whether processes need each other for every pass through the LLM's layers."""
+    return any(isinstance(module, FSDPModule) for module in model.get_decoder().layers)
+
+
+def shard_llm(model) -> None:
+    """Each process keeps its share of every decoder layer of the frozen LLM, and the whole layer only while it runs (FSDP 2).
+    The adapters stay whole in each (DDP)."""
+    processes = torch.distributed.get_world_size()
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (processes,))
+    layers = model.get_decoder().layers
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    kept = sum(parameter.to_local().nbytes for parameter in layers.parameters())
+    whole = sum(parameter.nbytes for parameter in layers.parameters())
+    if torch.distributed.get_rank() == 0:
+        print(f"the LLM's layers: {kept / 2**20:,.2f} of {whole / 2**20:,.2f} MiB in each process", flush=True)
+    model.prefix_apart = False  # one batch would need two passes, another process's one, and they wait for each other
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, model.frozen_keys())
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

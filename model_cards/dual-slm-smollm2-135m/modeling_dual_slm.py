@@ -526,6 +526,7 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    prefix_apart = True  # training reads what stands before all speech in a pass of its own, without gradients
 
     def __init__(self, config: DualSLMConfig, with_backbones: bool = True):
         super().__init__(config)
@@ -1144,7 +1145,7 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         whatever the adapters do, so they need no backward pass, which is half of their cost."""
         llm = self.language_model
         checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in llm.modules())
-        if not torch.is_grad_enabled() or self.config.lora_config is not None or checkpointed:
+        if not (torch.is_grad_enabled() and self.prefix_apart) or self.config.lora_config is not None or checkpointed:
             return 0
         how, what = self._placeholders(input_ids)
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
