@@ -733,6 +733,7 @@ def test_every_recipe_of_the_package_is_sound():
         (["stages.0.best_by=accuracy_asr"], "best_by is 'accuracy_asr'; it must be one of loss, wer, accuracy_gender"),
         (["data.synthesise_hours=0"], "data.tables is empty"),
         (["stages.0.tasks.asrr=1"], "no task 'asrr'; did you mean 'asr'"),
+        (["train.shard_llm=true", "model.load_in_4bit=true"], "shard_llm is for an LLM without LoRA in 16 or 32 bits"),
         (["batch"], "it is KEY=VALUE"),
     ],
 )

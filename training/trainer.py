@@ -444,6 +444,8 @@ def is_sharded(model) -> bool:
 def shard_llm(model) -> None:
     """Each process keeps its share of every decoder layer of the frozen LLM, and the whole layer only while it runs (FSDP 2).
     The adapters stay whole in each (DDP)."""
+    if model.config.lora_config is not None:
+        raise ValueError("train.shard_llm is for an LLM without LoRA, and this one has it: leave it out.")
     processes = torch.distributed.get_world_size()
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (processes,))
     layers = model.get_decoder().layers
