@@ -15,6 +15,7 @@ from ..processing_dual_slm import load_audio
 from .backbones import DEMO_CLIP, DEMO_TRANSCRIPT
 
 PARTS = ("features", "encoder", "adapters", "prefill")
+TURNS = 10  # of a conversation
 
 
 def _clip(seconds: float, rate: int) -> np.ndarray:
@@ -85,8 +86,28 @@ def _padded_encoder(model, processor, samples: np.ndarray) -> float:
         model.config.encoder_padding, processor.encoder_padding = kept
 
 
+def _turns(model, processor, samples: np.ndarray, count: int, new_tokens: int) -> list[float]:
+    """Seconds to the first token of each of `count` spoken turns of one conversation."""
+    conversation, times = processor.conversation(model), []
+    for _ in range(count):
+        start, first = time.perf_counter(), []
+
+        def watch(ids: torch.Tensor, scores: torch.Tensor, first: list[float] = first) -> torch.Tensor:
+            if not first:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                first.append(time.perf_counter())
+            return scores
+
+        length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        conversation.say(audio=samples, logits_processor=[watch], **length)
+        times.append(first[0] - start)
+    return times
+
+
 def benchmark_reply(model, processor, seconds: float = 4.0, repeats: int = 7, new_tokens: int = 32) -> dict:
-    """Medians over `repeats`, the spoken and the typed turn in turn, after one warm-up of both."""
+    """Medians over `repeats`, the spoken and the typed turn in turn, after one warm-up of both; then conversations of
+    `TURNS` spoken turns."""
     samples = _clip(seconds, processor.sampling_rate)
     words = DEMO_TRANSCRIPT.read_text().strip()
     spoken, typed = [], []
@@ -97,6 +118,8 @@ def benchmark_reply(model, processor, seconds: float = 4.0, repeats: int = 7, ne
         if round_:
             spoken.append(ours)
             typed.append(bare)
+
+    talks = [_turns(model, processor, samples, TURNS, new_tokens) for _ in range(max(1, repeats // 2))]
 
     def median(rows: list[dict], value) -> float:
         return statistics.median(value(row) for row in rows)
@@ -120,6 +143,8 @@ def benchmark_reply(model, processor, seconds: float = 4.0, repeats: int = 7, ne
         },
         "text": {"seconds_to_first_token": median(typed, first), "tokens_per_second": median(typed, rate)},
         "first_token_ratio": statistics.median(ratios),
+        "turns": [statistics.median(turn) for turn in zip(*talks, strict=True)],
+        "last_turn_ratio": statistics.median(talk[-1] / talk[0] for talk in talks),
     }
 
 
@@ -137,6 +162,11 @@ def show(result: dict) -> str:
     lines += [f"  {part:20}{value:10.3f}{value / total:10.0%}" for part, value in spoken["parts"].items()]
     padded, encoder = spoken["padded_encoder"], spoken["parts"]["encoder"]
     lines.append(f"encoder on the clip padded to 30 s: {padded:.3f} s, {padded / encoder:.1f} times the real length")
+    turns = result["turns"]
+    lines.append(
+        f"a conversation, s to the first token: turn 1 {turns[0]:.3f}, turn {len(turns)} {turns[-1]:.3f}, ratio "
+        f"{result['last_turn_ratio']:.2f}"
+    )
     return "\n".join(lines)
 
 
