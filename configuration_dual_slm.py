@@ -32,7 +32,7 @@ class DualSLMConfig(PreTrainedConfig):
         paralinguistic_adapter_type (`str`, defaults to `"pooling"`):
             `"pooling"` is the dual-adapter paper's. `"query"` is EmoSLLM's QPMapper (arXiv 2508.14130): learned queries
             beside the frames through transformer layers of width `paralinguistic_hidden_size` (768 there, 2 layers, 8
-            heads, 32 queries), then a linear layer; of the other fields it uses the layer mix, the dropout and statistics.
+            heads, 32 queries), then a linear layer; of the other fields it uses the layer mix and the dropout.
         num_paralinguistic_tokens (`int`, defaults to 16):
             Embeddings of one utterance from the paralinguistic adapter. (The public text of the paper lost its value.)
         paralinguistic_num_layers (`int`, defaults to 1):
@@ -46,8 +46,7 @@ class DualSLMConfig(PreTrainedConfig):
         paralinguistic_pooling (`str`, defaults to `"adaptive"`):
             `"adaptive"` averages `num_paralinguistic_tokens` equal stretches of time (paper). `"statistics"` gives every
             token the mean and standard deviation over the whole utterance; slot vectors then tell the tokens apart.
-            `"dynamics"` adds the mean absolute step from frame to frame, which tells fast speech from slow. The query adapter
-            pools nothing; with `"statistics"` its queries begin from the utterance's.
+            `"dynamics"` adds the mean absolute step from frame to frame, which tells fast speech from slow.
         paralinguistic_slot_vectors (`bool`, defaults to `False`):
             Add a learned vector to each of the tokens.
         paralinguistic_layer_mix (`bool`, defaults to `False`):
@@ -213,8 +212,6 @@ class DualSLMConfig(PreTrainedConfig):
         width = self.audio_hidden_size
         if self.paralinguistic_adapter_type == "query":
             width = self.paralinguistic_hidden_size or 768
-            if self.paralinguistic_pooling == "dynamics":
-                raise ValueError("paralinguistic_pooling='dynamics' is not for the query adapter; 'statistics' is.")
         if self.paralinguistic_num_layers and width % self.paralinguistic_num_heads:
             raise ValueError(
                 f"the transformer's width {width} is no multiple of paralinguistic_num_heads="

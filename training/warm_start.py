@@ -23,7 +23,6 @@ from ..processing_dual_slm import DualSLMProcessor
 from .features import FeatureStore, pad_frames
 
 TRIM_EVERY = 10  # steps
-STATISTICS_NOISE = 0.2  # standard deviations
 
 # --------------------------------------------------------------------------------------------------------------------
 # Spelling
@@ -323,13 +322,6 @@ def _warm_cosine(step: int, warmup: int, total: int) -> float:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def standardise(adapter: nn.Module, pooled: torch.Tensor) -> None:
-    """An adapter's statistics are read as deviations from those of these clips, (rows, L, P): the first ones it sees."""
-    if not adapter.statistics_mean.any():
-        adapter.statistics_mean.copy_(pooled.mean(0))
-        adapter.statistics_scale.copy_(pooled.std(0).clamp(min=1e-4))
-
-
 def caption_targets(rows: list[dict], processor: DualSLMProcessor) -> torch.Tensor:
     """(rows, N) indices of caption pieces, -100 for what a row does not say."""
     labels = processor.attribute_labels
@@ -359,7 +351,9 @@ def train_paralinguistic(
     adapter = model.paralinguistic_adapter
     pieces = adapter.soft_tokens.rows(model.get_input_embeddings())
     pooled = torch.stack([store.get(row, "pooled") for row in rows])
-    standardise(adapter, pooled)
+    if not adapter.statistics_mean.any():  # going on, it is read as it was
+        adapter.statistics_mean.copy_(pooled.mean(0))
+        adapter.statistics_scale.copy_(pooled.std(0).clamp(min=1e-4))
     felt = torch.tensor([row["emotion"] is not None for row in rows])
     weight = torch.where(felt, 0.5 / felt.sum().clamp(min=1), 0.5 / (~felt).sum().clamp(min=1))
 
@@ -367,7 +361,7 @@ def train_paralinguistic(
         batch = torch.multinomial(weight, batch_size, replacement=True, generator=generator)
         inputs = pooled[batch]
         noise = torch.randn(inputs.shape, generator=generator) * adapter.statistics_scale
-        logits = adapter.soft_tokens.logits(adapter.project(inputs + STATISTICS_NOISE * noise), pieces)
+        logits = adapter.soft_tokens.logits(adapter.project(inputs + 0.2 * noise), pieces)
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets[batch].flatten(), label_smoothing=0.05)
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -468,20 +462,12 @@ def train_queries(
             adapter.output.weight.zero_()
             adapter.output.bias.copy_(torch.cat(list(anchors.values())).mean(0))
     targets = label_targets(rows, processor)
-    if adapter.statistics is not None:
-        with torch.no_grad():
-            every = (store.batch([row]) for row in tqdm(rows, desc="statistics", leave=False))
-            standardise(adapter, torch.cat([adapter.pool(*one) for one in every]))
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         batch = torch.randint(0, len(rows), (batch_size,), generator=generator)
         states, lengths = store.batch([rows[i] for i in batch])
-        pooled = adapter.pool(states, lengths)
-        if pooled is not None:
-            noise = torch.randn(pooled.shape, generator=generator) * adapter.statistics_scale
-            pooled = pooled + STATISTICS_NOISE * noise
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = adapter.read(mask_frames(adapter.mix(states), lengths, generator), lengths, pooled)
+            outputs = adapter.read(mask_frames(adapter.mix(states), lengths, generator), lengths)
         return label_losses(outputs, targets[batch], list(anchors.values())).mean()
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=weight_decay)

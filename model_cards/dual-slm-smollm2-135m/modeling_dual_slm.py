@@ -191,8 +191,8 @@ class ParalinguisticAdapter(nn.Module):
 
 class QueryAdapter(nn.Module):
     """How it is said, by EmoSLLM's QPMapper (arXiv 2508.14130): learned queries and the frames go through transformer
-    layers together, what becomes of the queries through a linear layer to the LLM. With statistics, which are ours, the
-    queries begin from the utterance's mean and standard deviation. The same interface as [`ParalinguisticAdapter`]."""
+    layers together, what becomes of the queries through a linear layer to the LLM. The same interface as
+    [`ParalinguisticAdapter`]."""
 
     def __init__(self, config: DualSLMConfig):
         super().__init__()
@@ -203,37 +203,21 @@ class QueryAdapter(nn.Module):
         self.norm = nn.LayerNorm(config.audio_hidden_size)
         self.input = nn.Linear(config.audio_hidden_size, width)
         self.queries = nn.Parameter(torch.zeros(config.num_paralinguistic_tokens, width))
-        self.statistics = None
-        if config.paralinguistic_pooling == "statistics":
-            rows, pooled = 1 if self.layer_weights is None else len(self.layer_weights), 2 * config.audio_hidden_size
-            self.register_buffer("statistics_mean", torch.zeros(rows, pooled))
-            self.register_buffer("statistics_scale", torch.ones(rows, pooled))
-            self.statistics = nn.Linear(pooled, width)
-        self.dropout = nn.Dropout(config.paralinguistic_dropout)
         self.layers = _transformer_layers(config, width, norm_first=True)
         for layer in self.layers:  # random numbers for every attention weight would take half of a step on a CPU
             layer.self_attn.dropout = 0.0
         self.output = nn.Linear(width, config.text_config.hidden_size)
 
     def mix(self, states: torch.Tensor) -> torch.Tensor:
-        """(A, L, ...) -> (A, ...): the mixture of layers that is read."""
+        """(A, L, T, C) -> (A, T, C): the mixture of layers that is read."""
         if self.layer_weights is None:
             return states[:, -1]
-        return torch.einsum("l,al...->a...", self.layer_weights[:, 0].softmax(0), states)
+        return torch.einsum("l,altc->atc", self.layer_weights[:, 0].softmax(0), states)
 
-    def pool(self, states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor | None:
-        """(A, L, T, C) -> (A, L, 2 C): statistics of each layer that is read; None for an adapter without."""
-        if self.statistics is None:
-            return None
-        return masked_statistics(states[:, -len(self.statistics_mean) :], lengths)
-
-    def read(self, frames: torch.Tensor, lengths: torch.Tensor, pooled: torch.Tensor | None = None) -> torch.Tensor:
-        """(A, T, C) and what `pool` gives -> (A, N, D): what the queries make of the frames."""
+    def read(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """(A, T, C) -> (A, N, D): what the queries make of the frames."""
         frames = self.input(self.norm(frames))
         queries = self.queries.expand(len(frames), -1, -1)
-        if pooled is not None:
-            pooled = (pooled - self.statistics_mean) / self.statistics_scale
-            queries = queries + self.statistics(self.dropout(self.mix(pooled)))[:, None]
         padding = ~_length_mask(lengths, frames.shape[1])
         padding = torch.cat([padding.new_zeros(queries.shape[:2]), padding], dim=1)
         states = torch.cat([queries, frames], dim=1)
@@ -245,7 +229,7 @@ class QueryAdapter(nn.Module):
         self, states: torch.Tensor, lengths: torch.Tensor, embedding: nn.Module | None = None
     ) -> tuple[torch.Tensor, None]:
         """(A, L, T, C) layers of the encoder and (A,) real frames -> (A, N, D) embeddings."""
-        return self.read(self.mix(states), lengths, self.pool(states, lengths)), None
+        return self.read(self.mix(states), lengths), None
 
 
 class LinguisticAdapter(nn.Module):
@@ -561,9 +545,6 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.normal_(module.queries, std=1.0)
             if module.layer_weights is not None:
                 init.zeros_(module.layer_weights)
-            if module.statistics is not None:
-                init.zeros_(module.statistics_mean)
-                init.ones_(module.statistics_scale)
         elif isinstance(module, SoftTokens):
             init.constant_(module.scale, 10.0)  # embedding rows are short (norm about 1-3): a scale from 10
             init.zeros_(module.token_ids)
