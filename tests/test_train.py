@@ -31,7 +31,6 @@ from dual_slm.training.corpora.schema import make_row, read_table, write_table
 from dual_slm.training.err import Sources, draw_sources
 from dual_slm.training.features import FeatureStore
 from dual_slm.training.recipe import RECIPES, StageRecipe, load_recipe
-from dual_slm.training.released import release
 from dual_slm.training.run import load_data, run, take_linguistic, warm_start
 from dual_slm.training.run import make_model as training_model
 from dual_slm.training.trainer import (
@@ -629,25 +628,6 @@ def test_stage_0_goes_on_from_a_whole_checkpoint(tiny_backbones, tmp_path):
     assert "linguistic_adapter.linear_1.weight" in changed
     with pytest.raises(ValueError, match=r"warm_start.pieces.*99.*has 60"):
         run(load_recipe(str(tmp_path / "recipe.yaml"), [*settings, "warm_start.pieces=[99]"]), tmp_path / "third")
-
-
-def test_a_release_can_hold_the_mean_of_several_runs_words(tiny_backbones, tmp_path):
-    states = []
-    for name, draw in (("run/final", 1), ("other", 2), ("third", 3)):
-        model, processor = make_model(tiny_backbones, kind="warm")
-        torch.manual_seed(draw)
-        with torch.no_grad():
-            for parameter in (*model.linguistic_adapter.parameters(), *model.paralinguistic_adapter.parameters()):
-                parameter.add_(torch.randn_like(parameter))
-        model.save_pretrained(tmp_path / name)
-        processor.save_pretrained(tmp_path / name)
-        states.append(load_file(tmp_path / name / "model.safetensors"))
-    release(tmp_path / "run", tmp_path / "card", [tmp_path / "other", tmp_path / "third"])
-    card = DualSLMForConditionalGeneration.from_pretrained(tmp_path / "card").state_dict()
-    for name, first in states[0].items():
-        words = name.startswith("linguistic_adapter.") and first.is_floating_point()
-        wanted = sum(state[name] for state in states) / 3 if words else first
-        torch.testing.assert_close(card[name], wanted)
 
 
 def test_an_llm_in_4_bits_teaches_the_adapters(tiny_backbones, tmp_path):

@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from .alignment import Aligner, AlignmentConfig, align_rows
@@ -148,18 +147,9 @@ def moods(clips: list[dict], texts: dict[str, list[str]], journal: Journal) -> I
     print(report, flush=True)
 
 
-def release(run: Path, card: Path, others: Iterable[Path] = ()) -> None:
-    """A run's `final` as a folder of model_cards, the large matrices in half precision: all are loaded in float32.
-
-    Args:
-        others: checkpoints whose linguistic adapters went on from the same words, by other draws: it becomes the mean of
-            theirs and the run's (model soups, arXiv 2203.05482), which hears better than each.
-    """
+def release(run: Path, card: Path) -> None:
+    """A run's `final` as a folder of model_cards, the large matrices in half precision: all are loaded in float32."""
     tensors = load_file(run / "final/model.safetensors")
-    soup = [tensors, *(load_file(other / "model.safetensors") for other in others)]
-    for name in tensors:
-        if name.startswith("linguistic_adapter.") and tensors[name].is_floating_point():
-            tensors[name] = torch.stack([state[name].float() for state in soup]).mean(0)
     tensors = {name: t.half() if t.numel() > 2**18 and t.ndim == 2 else t for name, t in tensors.items()}
     card.mkdir(parents=True, exist_ok=True)
     for file in (run / "final").iterdir():
@@ -177,19 +167,11 @@ def main() -> None:
     parser.add_argument(
         "--release", type=Path, default=None, metavar="RUN", help="a finished run, to be put into --out"
     )
-    parser.add_argument(
-        "--average",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="CHECKPOINT",
-        help="with --release: mean of the words with these",
-    )
     parser.add_argument("--hours", type=float, default=8.0, help="of synthesised speech")
     parser.add_argument("--seed", type=int, default=1, help="of the synthesis")
     args = parser.parse_args()
     if args.release:
-        release(args.release, args.out, args.average)
+        release(args.release, args.out)
         return
     if args.data is None:
         parser.error("--data is needed")
