@@ -327,7 +327,7 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
         )
     if about.pieces[-1] != model.config.linguistic_ctc_vocab_size:
         raise ValueError(
-            f"warm_start.pieces ends with {about.pieces[-1]}, and the linguistic adapter of {recipe.model.start_from} has "
+            f"warm_start.pieces ends with {about.pieces[-1]}, and the linguistic adapter has "
             f"{model.config.linguistic_ctc_vocab_size}: name as many, or leave stage 0 out by warm_start.enabled=false."
         )
     clips = own_clips(data.train)
