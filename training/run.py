@@ -143,7 +143,7 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
 
 def _keep_gradients(model: DualSLMForConditionalGeneration) -> None:
     """bitsandbytes repacks 4-bit weights in the first pass without gradients on some CPUs (AVX512-BF16), for a kernel that
-    has no gradient: training would go on behind the first evaluation and learn nothing."""
+    has no gradient of its own: behind the first evaluation the adapters would be taught a wrong one."""
     for module in model.language_model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
