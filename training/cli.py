@@ -36,6 +36,16 @@ def default_checkpoint() -> str:
     )
 
 
+def _fit_dtype(args: argparse.Namespace) -> None:
+    """`--dtype bfloat16` becomes float32 on a CPU that crawls in it."""
+    if getattr(args, "dtype", None) in ("bfloat16", "float16") and args.device == "cpu":
+        from .features import cpu_has_bfloat16
+
+        if not cpu_has_bfloat16():
+            print(f"this CPU is a hundred times slower in {args.dtype} (no AVX-512): float32 it is", file=sys.stderr)
+            args.dtype = "float32"
+
+
 def load(args: argparse.Namespace):
     """Model and processor of a checkpoint."""
     import torch
@@ -200,8 +210,8 @@ def push(args: argparse.Namespace) -> None:
 
 
 def corpus_build(args: argparse.Namespace) -> None:
-    """Synthesise a small complete corpus; piper, flite and espeak-ng speak sentences, or the rows of a table."""
-    from .corpora.synthesis import VOICES, build, read_texts
+    """Synthesise a small complete corpus: synthesisers speak sentences, or the rows of a table."""
+    from .corpora.synthesis import ENGINES, VOICES, build, read_texts
 
     if args.list_voices:
         for voice in VOICES:
@@ -213,7 +223,7 @@ def corpus_build(args: argparse.Namespace) -> None:
         raise ValueError("--out DIR says where the corpus is made.")
     texts = read_texts(args.texts)
     hours = args.hours if args.hours is not None or isinstance(texts[0], dict) else 0.5
-    print(build(texts, args.out, hours, args.seed, args.processes, tuple(args.engines)))
+    print(build(texts, args.out, hours, args.seed, args.processes, tuple(args.engines or ENGINES)))
 
 
 def corpus_read(args: argparse.Namespace) -> None:
@@ -459,7 +469,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--hours", type=float, default=None, help="of audio (default 0.5; of a table, all rows)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--processes", type=int, default=None)
-    sub.add_argument("--engines", nargs="+", default=["piper", "flite", "espeak-ng"], help="whose voices speak")
+    sub.add_argument("--engines", nargs="+", default=None, help="whose voices speak (default: all but kokoro)")
     sub.add_argument("--list-voices", action="store_true", help="list the voices with their licences")
 
     sub = room("read", corpus_read)
@@ -609,6 +619,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, "json", False) or not sys.stderr.isatty():
             logging.disable_progress_bar()
     try:
+        _fit_dtype(args)
         args.function(args)
     except KeyboardInterrupt:
         return 130

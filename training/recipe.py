@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from .corpora.synthesis import VOICES
+from .corpora.synthesis import ENGINES, VOICES
 from .err import STAGES
 from .tasks import TASKS
 
@@ -39,7 +39,7 @@ class DataRecipe:
     tables: list[str] = field(default_factory=list)
     augment: dict = field(default_factory=dict, metadata={"help": "corpus -> augmented copies of each training clip"})
     synthesise_hours: float = 0.0
-    synthesise_engines: list[str] = field(default_factory=lambda: ["piper", "flite", "espeak-ng"])
+    synthesise_engines: list[str] = field(default_factory=lambda: list(ENGINES))
     align_responses: bool = field(
         default=True, metadata={"help": "let the frozen LLM answer rows that have no response"}
     )

@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from .corpora.folder import read
 from .corpora.schema import Report, check_rows, read_table, share, write_table
 from .corpora.synthesis import build, read_texts
 from .evaluation.metrics import score
-from .features import FeatureStore, augmented
+from .features import FeatureStore, augmented, cpu_has_bfloat16
 from .journal import Journal, write_json
 from .prompts import PROMPTS
 from .recipe import DataRecipe, Recipe, StageRecipe
@@ -591,6 +591,15 @@ def restore(model, folder: Path) -> None:
     model.load_state_dict(state, strict=False)
 
 
+def fit_dtype(recipe: Recipe) -> Recipe:
+    """The recipe in float32 where it asks for bfloat16 of a CPU that crawls in it."""
+    if torch.cuda.is_available() or cpu_has_bfloat16() or not (recipe.train.bf16 or recipe.model.dtype == "bfloat16"):
+        return recipe
+    print("this CPU is a hundred times slower in bfloat16 than in float32 (no AVX-512): float32 it is", flush=True)
+    model, train = replace(recipe.model, dtype="float32"), replace(recipe.train, bf16=False)
+    return replace(recipe, model=model, train=train)
+
+
 def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
     """Runs a recipe; returns the checkpoint's folder.
 
@@ -612,6 +621,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
         output.mkdir(parents=True, exist_ok=True)
         if state.is_main_process:
             kept.write_text(recipe.to_yaml(), encoding="utf-8")
+        recipe = fit_dtype(recipe)
         model, processor = make_model(recipe)
         data = load_data(recipe, output, model.config.attribute_thresholds)
         store = FeatureStore(output / "features", model.config, recipe.data.feature_bits)
@@ -620,7 +630,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
         data.words = store.build(data.words, model, processor, skip)
         data.validation = store.build(data.validation, model, processor, skip)
         if state.is_main_process:
-            write_json(output / "environment.json", environment(data))
+            write_json(output / "environment.json", environment(data) | {"dtype": recipe.model.dtype})
     log: list[dict] = []
     if recipe.warm_start.enabled:
         folder = output / "stage-0"
@@ -657,6 +667,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
 
 def plan(recipe: Recipe, output: str | Path) -> str:
     """What a run would do: rows, steps, memory and hours, without doing it."""
+    recipe = fit_dtype(recipe)
     lines = [f"recipe {recipe.name}: {recipe.model.audio_model_id} + {recipe.model.text_model_id}"]
     rows = [row for row in read_table(*recipe.data.tables) if row["audio"]] if recipe.data.tables else []
     if rows and recipe.data.histories:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..processing_dual_slm import DualSLMProcessor
-from .features import FeatureStore, pad_frames
+from .features import FeatureStore, cpu_has_bfloat16, pad_frames
 
 TRIM_EVERY = 10  # steps
 
@@ -191,7 +191,7 @@ def train_linguistic(
         states = mask_frames(states, sizes, generator)
         spelled = torch.cat([targets[i] for i in batch])
         drawn, offset = draw_pieces(spelled, len(pieces), sampled_pieces, generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bfloat16()):
             outputs = adapter.project(states, sizes)
             logits = soft.logits(outputs, pieces[drawn])
         logits = logits.float()
@@ -466,7 +466,7 @@ def train_queries(
     def loss(generator: torch.Generator) -> torch.Tensor:
         batch = torch.randint(0, len(rows), (batch_size,), generator=generator)
         states, lengths = store.batch([rows[i] for i in batch])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bfloat16()):
             outputs = adapter.read(mask_frames(adapter.mix(states), lengths, generator), lengths)
         return label_losses(outputs, targets[batch], list(anchors.values())).mean()
 

