@@ -617,8 +617,10 @@ def test_stage_0_goes_on_from_the_words_of_a_checkpoint_that_fits(tiny_backbones
 
 
 def test_stage_0_goes_on_from_a_whole_checkpoint(tiny_backbones, tmp_path):
-    """More words for a released checkpoint: its words learn on, its voice stays bit for bit without caption steps."""
+    """More words for a released checkpoint: its words learn on, its voice stays bit for bit without caption steps, and it
+    can still write the words that the new corpus lacks."""
     first = run(load_recipe(str(world(tmp_path, tiny_backbones)), ["stages=[]"]), tmp_path / "first")
+    write_table([row | {"transcript": "hello"} for row in read_table(tmp_path / "t.parquet")], tmp_path / "t.parquet")
     settings = ["stages=[]", f"model.start_from={first}", "model.config={}", "warm_start.caption_steps=0"]
     settings += ["warm_start.pieces=[60]", "warm_start.steps=[4]"]
     second = run(load_recipe(str(tmp_path / "recipe.yaml"), settings), tmp_path / "second")
@@ -626,6 +628,7 @@ def test_stage_0_goes_on_from_a_whole_checkpoint(tiny_backbones, tmp_path):
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert {name.split(".")[0] for name in changed} == {"linguistic_adapter"}
     assert "linguistic_adapter.linear_1.weight" in changed
+    assert "linguistic_adapter.soft_tokens.token_ids" not in changed
     with pytest.raises(ValueError, match=r"warm_start.pieces.*99.*has 60"):
         run(load_recipe(str(tmp_path / "recipe.yaml"), [*settings, "warm_start.pieces=[99]"]), tmp_path / "third")
 

@@ -337,12 +337,16 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
     words = training_texts(spoken)
     if about.linguistic_from:
         take_linguistic(model, Path(about.linguistic_from))
+    learnt = model.linguistic_adapter.soft_tokens.token_ids.tolist() if recipe.model.start_from else []
     for number, (pieces, steps) in enumerate(zip(about.pieces, about.steps, strict=True)):
+        # Going on, it keeps its pieces: those of another corpus would not spell the words that this one lacks.
+        speller = Speller(processor.tokenizer, words, pieces)
+        speller = Speller.of(processor.tokenizer, learnt) if len(learnt) == pieces else speller
         log += train_linguistic(
             model,
             store,
             spoken,
-            Speller(processor.tokenizer, words, pieces),
+            speller,
             steps,
             learning_rate=about.learning_rate,
             frames_per_batch=about.frames_per_batch,
