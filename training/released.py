@@ -4,21 +4,17 @@
     cd TABLES && dual-slm train --recipe slm-smollm2-135m --output RUN
     python -m dual_slm.training.released --release RUN --out model_cards/dual-slm-smollm2-135m
 
-It needs the extras `train` and `kokoro`.
-
 No speaker, sentence or dialogue of a validation or test clip is in a training text; RAVDESS's two sentences are in all.
 TESS is left out: its licence forbids derivatives. What was made is not made again.
 """
 
 import argparse
 import gzip
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from .alignment import Aligner, AlignmentConfig, align_rows
@@ -26,7 +22,7 @@ from .attributes import Thresholds, label_row, measure_rows, write_thresholds
 from .corpora import dailytalk, styletalk
 from .corpora.folder import read, read_folder
 from .corpora.schema import Report, check_rows, read_table, share, write_table
-from .corpora.synthesis import build, build_nonspeech
+from .corpora.synthesis import ENGINES, build, build_nonspeech
 from .features import cpu_has_bfloat16
 from .journal import Journal
 from .warm_start import normalize
@@ -45,7 +41,6 @@ STYLES = {  # StyleTalk's -> emotions that say it (None: read speech), and in ho
     "sad": (("sad",), 12),
     "unfriendly": (("angry", "disgust"), 4),
 }
-WORDS = {"kokoro": (0.775, 3), "hibari": (1.5, 4)}  # better voices for words alone: hours, seed
 SYNTHETIC_VOICES = 3_000  # synthetic clips that are measured, to teach how a voice sounds; all teach words
 FOLDERS = ("librispeech_subset", "librispeech_4spk", "vctk_subset", "asterisk_prompts", "read_misc", "ravdess")
 FOLDERS += ("fsdd_subset", "dailytalk_samples")
@@ -156,24 +151,15 @@ def moods(clips: list[dict], texts: dict[str, list[str]], journal: Journal) -> I
     print(report, flush=True)
 
 
-def release(runs: list[Path], card: Path) -> None:
-    """A run's `final` as a folder of model_cards, the large matrices in half precision: all are loaded in float32. Of several
-    runs (or checkpoints), the mean of their weights; all else is the first's."""
-    folders = [run / "final" if (run / "final").is_dir() else run for run in runs]
-    tensors, *others = [load_file(folder / "model.safetensors") for folder in folders]
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            tensor = torch.stack([each[name].float() for each in (tensors, *others)]).mean(0)
-            tensors[name] = tensor.half() if tensor.numel() > 2**18 and tensor.ndim == 2 else tensor
-        elif any(not torch.equal(tensor, each[name]) for each in others):
-            raise ValueError(f"{name} differs between {', '.join(map(str, runs))}: they have no mean.")
+def release(run: Path, card: Path) -> None:
+    """A run's `final` as a folder of model_cards, the large matrices in half precision: all are loaded in float32."""
+    tensors = load_file(run / "final/model.safetensors")
+    tensors = {name: t.half() if t.numel() > 2**18 and t.ndim == 2 else t for name, t in tensors.items()}
     card.mkdir(parents=True, exist_ok=True)
-    for file in folders[0].iterdir():
-        if file.name != "model.safetensors" and file.is_file() and folders[0].resolve() != card.resolve():
+    for file in (run / "final").iterdir():
+        if file.name != "model.safetensors":
             shutil.copyfile(file, card / file.name)
-    scratch = card / "model.part"  # the file itself may be mapped: it can be one of the runs
-    save_file(tensors, scratch, metadata={"format": "pt"})
-    os.replace(scratch, card / "model.safetensors")
+    save_file(tensors, card / "model.safetensors", metadata={"format": "pt"})
 
 
 def main() -> None:
@@ -183,14 +169,11 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder of the tables, or of model_cards with --release"
     )
     parser.add_argument(
-        "--release",
-        type=Path,
-        nargs="+",
-        metavar="RUN",
-        help="a finished run, or the mean of several, to be put into --out",
+        "--release", type=Path, default=None, metavar="RUN", help="a finished run, to be put into --out"
     )
     parser.add_argument("--hours", type=float, default=8.0, help="of synthesised speech")
     parser.add_argument("--seed", type=int, default=1, help="of the synthesis")
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), help="whose voices speak")
     args = parser.parse_args()
     if args.release:
         release(args.release, args.out)
@@ -209,7 +192,7 @@ def main() -> None:
     if not (out / "nonspeech.parquet").is_file():
         write_table(check_rows(read(out / "nonspeech", Report()), Report()), out / "nonspeech.parquet")
     if not (out / "synthetic/metadata.jsonl").is_file():
-        build(list(sentences(data)), out / "synthetic", args.hours, args.seed)
+        build(list(sentences(data)), out / "synthetic", args.hours, args.seed, engines=tuple(args.engines))
     spoken = list(read(out / "synthetic", Report()))
     labelled(spoken[:SYNTHETIC_VOICES], out / "synthetic.parquet")
     if not (out / "styletalk_voice.parquet").is_file():
@@ -221,10 +204,6 @@ def main() -> None:
         texts = {s: [t["transcript"] for t in turns if t["split"] == s] for s in ("train", "validation")}
         journal = Journal(out / "moods.replies.jsonl")
         write_table(moods(acted, texts, journal), out / "moods.parquet")
-    for engine, (hours, seed) in WORDS.items():
-        if not (out / f"{engine}.parquet").is_file():
-            build(list(sentences(data)), out / engine, hours, seed, engines=(engine,))
-            write_table(check_rows(read(out / engine, Report()), Report()), out / f"{engine}.parquet")
     if not (out / "synthetic_words.parquet").is_file():
         write_table(check_rows(spoken[SYNTHETIC_VOICES:], Report()), out / "synthetic_words.parquet")
 
