@@ -668,7 +668,7 @@ def test_an_llm_in_4_bits_teaches_the_adapters(tiny_backbones, tmp_path):
 def test_bfloat16_is_used_where_the_cpu_is_fast_in_it(fast, tiny_backbones, tmp_path, monkeypatch, capsys):
     """Without AVX-512 it takes a hundred times as long as float32: there a recipe that asks for it runs in float32."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for module in ("run", "features", "warm_start"):
+    for module in ("features", "warm_start"):
         monkeypatch.setattr(f"dual_slm.training.{module}.cpu_has_bfloat16", lambda: fast)
     settings = ["model.dtype=bfloat16", "train.bf16=true", "stages.0.max_steps=1", "train.save_steps=1"]
     recipe = load_recipe(str(world(tmp_path, tiny_backbones)), settings)

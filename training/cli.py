@@ -38,12 +38,10 @@ def default_checkpoint() -> str:
 
 def _fit_dtype(args: argparse.Namespace) -> None:
     """`--dtype bfloat16` becomes float32 on a CPU that crawls in it."""
-    if getattr(args, "dtype", None) in ("bfloat16", "float16") and args.device == "cpu":
-        from .features import cpu_has_bfloat16
+    if getattr(args, "dtype", "auto") != "auto" and args.device == "cpu":
+        from .features import fast_dtype
 
-        if not cpu_has_bfloat16():
-            print(f"this CPU is a hundred times slower in {args.dtype} (no AVX-512): float32 it is", file=sys.stderr)
-            args.dtype = "float32"
+        args.dtype = fast_dtype(args.dtype, sys.stderr)
 
 
 def load(args: argparse.Namespace):

@@ -32,6 +32,18 @@ def cpu_has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def fast_dtype(dtype: str, file=None) -> str:
+    """`dtype`, or float32 where it is a half-width one that this CPU crawls in, which is told in `file` (default: stdout)."""
+    if dtype not in ("bfloat16", "float16") or cpu_has_bfloat16():
+        return dtype
+    print(
+        f"this CPU is a hundred times slower in {dtype} than in float32 (no AVX-512): float32 it is",
+        file=file,
+        flush=True,
+    )
+    return "float32"
+
+
 def load_row(row: dict, sampling_rate: int = 16_000) -> np.ndarray:
     """The samples of a row. `row["augment"]`, a seed, asks for another speed, room, line and gain of the same clip;
     `row["loudness"]`, a mean RMS (full scale 1), for the clip at that level."""

@@ -23,7 +23,7 @@ from .corpora import dailytalk, styletalk
 from .corpora.folder import read, read_folder
 from .corpora.schema import Report, check_rows, read_table, share, write_table
 from .corpora.synthesis import ENGINES, build, build_nonspeech
-from .features import cpu_has_bfloat16
+from .features import fast_dtype
 from .journal import Journal
 from .warm_start import normalize
 
@@ -139,10 +139,7 @@ def moods(clips: list[dict], texts: dict[str, list[str]], journal: Journal) -> I
             text = said[number * len(said) // (2 * len(able))]
             rows.append(row | {"id": f"{row['id']}/{number}", "corpus": "ravdess-voice", "transcript": text})
     config = AlignmentConfig(max_new_tokens=40, repetition_penalty=1.1, batch_size=32, mood=MOOD)
-    report, aligner = (
-        Report(),
-        Aligner("smollm2-135m-instruct", config, dtype="bfloat16" if cpu_has_bfloat16() else "float32"),
-    )
+    report, aligner = Report(), Aligner("smollm2-135m-instruct", config, dtype=fast_dtype("bfloat16"))
     for row in align_rows(rows, aligner, journal, report):
         reply = re.match(r".*[.!?]", row["response"] or "", re.DOTALL)
         if reply and (row["emotion"] == "sad" or "your loss" not in reply[0]):

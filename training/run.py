@@ -35,7 +35,7 @@ from .corpora.folder import read
 from .corpora.schema import Report, check_rows, read_table, share, write_table
 from .corpora.synthesis import build, read_texts
 from .evaluation.metrics import score
-from .features import FeatureStore, augmented, cpu_has_bfloat16
+from .features import FeatureStore, augmented, fast_dtype
 from .journal import Journal, write_json
 from .prompts import PROMPTS
 from .recipe import DataRecipe, Recipe, StageRecipe
@@ -340,8 +340,10 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
     learnt = model.linguistic_adapter.soft_tokens.token_ids.tolist() if recipe.model.start_from else []
     for number, (pieces, steps) in enumerate(zip(about.pieces, about.steps, strict=True)):
         # Going on, it keeps its pieces: those of another corpus would not spell the words that this one lacks.
-        speller = Speller(processor.tokenizer, words, pieces)
-        speller = Speller.of(processor.tokenizer, learnt) if len(learnt) == pieces else speller
+        if len(learnt) == pieces:
+            speller = Speller.of(processor.tokenizer, learnt)
+        else:
+            speller = Speller(processor.tokenizer, words, pieces)
         log += train_linguistic(
             model,
             store,
@@ -597,11 +599,10 @@ def restore(model, folder: Path) -> None:
 
 def fit_dtype(recipe: Recipe) -> Recipe:
     """The recipe in float32 where it asks for bfloat16 of a CPU that crawls in it."""
-    if torch.cuda.is_available() or cpu_has_bfloat16() or not (recipe.train.bf16 or recipe.model.dtype == "bfloat16"):
+    asked = recipe.train.bf16 or recipe.model.dtype == "bfloat16"
+    if torch.cuda.is_available() or not asked or fast_dtype("bfloat16") == "bfloat16":
         return recipe
-    print("this CPU is a hundred times slower in bfloat16 than in float32 (no AVX-512): float32 it is", flush=True)
-    model, train = replace(recipe.model, dtype="float32"), replace(recipe.train, bf16=False)
-    return replace(recipe, model=model, train=train)
+    return replace(recipe, model=replace(recipe.model, dtype="float32"), train=replace(recipe.train, bf16=False))
 
 
 def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
