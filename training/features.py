@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def cpu_has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def fast_dtype(dtype: str, file=None) -> str:
+def fast_dtype(dtype: str, file: TextIO | None = None) -> str:
     """`dtype`, or float32 where it is a half-width one that this CPU crawls in, which is told in `file` (default: stdout)."""
     if dtype not in ("bfloat16", "float16") or cpu_has_bfloat16():
         return dtype
