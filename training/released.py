@@ -4,6 +4,8 @@
     cd TABLES && dual-slm train --recipe slm-smollm2-135m --output RUN
     python -m dual_slm.training.released --release RUN --out model_cards/dual-slm-smollm2-135m
 
+and with `--commercial` and the recipe `slm-smollm2-135m-commercial` those without data whose licence forbids commercial use.
+
 No speaker, sentence or dialogue of a validation or test clip is in a training text; RAVDESS's two sentences are in all.
 TESS is left out: its licence forbids derivatives. What was made is not made again.
 """
@@ -44,6 +46,7 @@ STYLES = {  # StyleTalk's -> emotions that say it (None: read speech), and in ho
 SYNTHETIC_VOICES = 3_000  # synthetic clips that are measured, to teach how a voice sounds; all teach words
 FOLDERS = ("librispeech_subset", "librispeech_4spk", "vctk_subset", "asterisk_prompts", "read_misc", "ravdess")
 FOLDERS += ("fsdd_subset", "dailytalk_samples")
+NOT_COMMERCIAL = {"ravdess", "piper"}  # CC BY-NC-SA; a voice that began from recordings for research
 
 
 def held_out_dialogues(data: Path) -> set[str]:
@@ -101,9 +104,9 @@ def labelled(rows: Iterable[dict], table: Path) -> None:
 def styled_dialogues(data: Path, clips: list[dict]) -> Iterator[dict]:
     """StyleTalk's turns and its answers to them, in voices of RAVDESS and of read speech: the corpus tells the style of a
     turn and has no audio here, so clips of that emotion and split lend their voices, each corpus as often (a model that
-    RAVDESS's voices alone talk to answers all others with a description). About half of the rows have no history. Half of
-    its test turns are spoken by validation speakers, half by test speakers; a training turn that is a test turn word for
-    word is left out."""
+    RAVDESS's voices alone talk to answers all others with a description); a style that no clip has is left out. About half
+    of the rows have no history. Half of its test turns are spoken by validation speakers, half by test speakers; a training
+    turn that is a test turn word for word is left out."""
     rows = list(styletalk.read(data / "metadata/StyleTalk", Report()))
     held_out = [normalize(row["transcript"]) for row in rows if row["split"] == "test"]
     lending: dict[tuple[str, str], dict[str, list[dict]]] = {}  # (split, style) -> corpus -> clips
@@ -115,7 +118,9 @@ def styled_dialogues(data: Path, clips: list[dict]) -> Iterator[dict]:
         split = "train" if row["split"] == "train" else "validation" if share(row["dialogue"]) < 0.5 else "test"
         if split == "train" and normalize(row["transcript"]) in held_out:
             continue
-        corpora, copies = lending[split, row["emotion"]], STYLES[row["emotion"]][1]
+        corpora, copies = lending.get((split, row["emotion"])), STYLES[row["emotion"]][1]
+        if corpora is None:
+            continue
         history = row["history"]
         history = history[1:] if history and history[0]["role"] != "user" else history
         for copy in range(copies if split == "train" else 1):
@@ -171,6 +176,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=8.0, help="of synthesised speech")
     parser.add_argument("--seed", type=int, default=1, help="of the synthesis")
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), help="whose voices speak")
+    parser.add_argument("--commercial", action="store_true", help=f"without {' and '.join(sorted(NOT_COMMERCIAL))}")
     args = parser.parse_args()
     if args.release:
         release(args.release, args.out)
@@ -178,9 +184,12 @@ def main() -> None:
     if args.data is None:
         parser.error("--data is needed")
     data, out = args.data.resolve(), args.out.resolve()
+    left_out = NOT_COMMERCIAL if args.commercial else set()
+    folders = [name for name in FOLDERS if name not in left_out]
+    engines = tuple(name for name in args.engines if name not in left_out)
     out.mkdir(parents=True, exist_ok=True)
     write_thresholds({"all": THRESHOLDS}, out / "thresholds.json")
-    for folder in FOLDERS:
+    for folder in folders:
         labelled(read(data / folder, Report()), out / f"{folder}.parquet")
     if not (out / "dailytalk.parquet").is_file():
         write_table(histories(data), out / "dailytalk.parquet")
@@ -189,13 +198,13 @@ def main() -> None:
     if not (out / "nonspeech.parquet").is_file():
         write_table(check_rows(read(out / "nonspeech", Report()), Report()), out / "nonspeech.parquet")
     if not (out / "synthetic/metadata.jsonl").is_file():
-        build(list(sentences(data)), out / "synthetic", args.hours, args.seed, engines=tuple(args.engines))
+        build(list(sentences(data)), out / "synthetic", args.hours, args.seed, engines=engines)
     spoken = list(read(out / "synthetic", Report()))
     labelled(spoken[:SYNTHETIC_VOICES], out / "synthetic.parquet")
     if not (out / "styletalk_voice.parquet").is_file():
-        clips = list(read_table(*(out / f"{name}.parquet" for name in (*FOLDERS, "synthetic"))))
+        clips = list(read_table(*(out / f"{name}.parquet" for name in (*folders, "synthetic"))))
         write_table(styled_dialogues(data, clips), out / "styletalk_voice.parquet")
-    if not (out / "moods.parquet").is_file():
+    if "ravdess" in folders and not (out / "moods.parquet").is_file():
         acted = [row for row in read_table(out / "ravdess.parquet") if row["split"] != "test"]
         turns = [row for row in read_table(out / "dailytalk.parquet") if row["transcript"]]
         texts = {s: [t["transcript"] for t in turns if t["split"] == s] for s in ("train", "validation")}

@@ -13,6 +13,7 @@ import re
 import subprocess
 import tarfile
 import tempfile
+import textwrap
 import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -194,7 +195,9 @@ def _kokoro(voice: str, text: str, speed: float) -> np.ndarray:
     model, ids, styles = _SESSION["kokoro"]
     one, other = voice.split("+")
     pieces = []
-    for phonemes in _hibari().phonemize(text):
+    clauses = _hibari().phonemize(text)
+    # The network has room for 510 phonemes, and as many styles: a clause without end is spoken in parts.
+    for phonemes in (part for clause in clauses for part in textwrap.wrap(clause, 510, break_on_hyphens=False)):
         tokens = [ids[phoneme] for phoneme in phonemes if phoneme in ids]
         style = (styles[one][len(tokens) - 1] + styles[other][len(tokens) - 1]) / 2
         inputs = {"tokens": np.array([[0, *tokens, 0]]), "style": style[None], "speed": np.array([speed], np.float32)}

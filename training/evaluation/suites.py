@@ -7,7 +7,7 @@ meld            its Table II
 conversation    its Table IV (judges.py)
 disentanglement both branches, one, none; the swap test (the voice of one clip, the words of another)
 style           the same words said in two emotions: whether the replies differ, by a classifier of the text twins' replies
-context         the same turn after 0 to 12 turns; facts told in text and asked for by voice; instructions
+context         the same turn, and its text twin, after 0 to 12 turns; facts told in text and asked for by voice; instructions
 """
 
 import random
@@ -238,8 +238,10 @@ def context(bench: Bench) -> list[Query]:
         for row in bench.clips(task, LIMITS["context"]):
             sample = bench.sample(row | {"history": []}, task)
             for turns in TURNS:
-                query = bench.query("context", f"P&L, after {turns} turns", after(sample, small_talk(turns)), row)
-                found += [query] if query else []
+                late = after(sample, small_talk(turns))
+                for condition in ("P&L", "caption and text"):  # the second: what the LLM can do by itself
+                    query = bench.query("context", f"{condition}, after {turns} turns", late, row)
+                    found += [query] if query else []
     rows = bench.clips("asr", LIMITS["context"])
     for number, row in enumerate(rows):
         asked = ASSET["instructions"][number % len(ASSET["instructions"])]
