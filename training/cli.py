@@ -220,7 +220,7 @@ def corpus_build(args: argparse.Namespace) -> None:
     if args.out is None:
         raise ValueError("--out DIR says where the corpus is made.")
     texts = read_texts(args.texts)
-    hours = args.hours if args.hours is not None or isinstance(texts[0], dict) else 0.5
+    hours = args.hours if args.hours is not None or (texts and isinstance(texts[0], dict)) else 0.5
     print(build(texts, args.out, hours, args.seed, args.processes, tuple(args.engines or ENGINES)))
 
 
@@ -229,7 +229,7 @@ def corpus_read(args: argparse.Namespace) -> None:
     from .corpora import reader
     from .corpora.schema import Report, check_rows, write_table
 
-    root, out = Path(args.root), Path(args.out)
+    root, out = Path(args.root).resolve(), Path(args.out)  # tables hold whole paths, wherever they are used
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder: --root is where the corpus was unpacked.")
     options = {"role_reversed": True} if args.role_reversed else {}
@@ -385,6 +385,8 @@ def evaluate(args: argparse.Namespace) -> None:
         return
     if not args.checkpoint or not args.data or not args.out:
         raise ValueError("evaluate needs a checkpoint, --data TABLE and --out DIR (or --compare DIR DIR).")
+    if args.card and not Path(args.checkpoint).is_dir():
+        raise ValueError(f"--card writes into a checkpoint's folder; {args.checkpoint} is none.")
     result = run_suites(
         args.checkpoint,
         args.data,

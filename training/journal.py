@@ -20,7 +20,7 @@ class Journal:
             return
         raw = self.path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
-        for line in whole.decode("utf-8").splitlines():
+        for line in filter(None, whole.decode("utf-8").split("\n")):  # splitlines also splits at U+2028
             key, value = json.loads(line)
             self.values[key] = value
         if len(whole) < len(raw):  # the line that the kill cut

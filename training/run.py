@@ -181,8 +181,8 @@ def load_data(recipe: Recipe, folder: Path, thresholds: dict | None = None) -> D
             aligner, report = Aligner(recipe.model.text_model_id, config), Report()
             write_table(align_rows(rows, aligner, Journal(folder / "replies.jsonl"), report), path)
             print(report, flush=True)
-        answers = {row["id"]: row for row in read_table(path)}
-        rows = [answers.get(row["id"], row) for row in rows]
+        answers = {(row["corpus"], row["id"]): row for row in read_table(path)}
+        rows = [answers.get((row["corpus"], row["id"]), row) for row in rows]
     digest = hashlib.sha256()
     for row in rows + words:
         digest.update(f"{row['id']}\t{row['split']}\t{row['transcript']}\t{row['response']}\n".encode())
@@ -203,16 +203,16 @@ def _with_audio(rows: Iterable[dict], about: DataRecipe) -> list[dict]:
     silent = [row["id"] for row in rows if row["audio"] is None]
     if silent:
         print(f"{len(silent):,} rows have no audio and are left out, the first is {silent[0]}", flush=True)
-    gone = {row["id"]: row for row in rows if row["audio"] is not None and not Path(row["audio"]).is_file()}
+    gone = [row for row in rows if row["audio"] is not None and not Path(row["audio"]).is_file()]
     if gone and not about.skip_damaged:
-        first = next(iter(gone.values()))
+        first = gone[0]
         raise FileNotFoundError(
             f"{len(gone):,} audio files are gone since the tables were made, the first is {first['audio']} of the row "
             f"{first['id']}. Restore them, or set data.skip_damaged to leave such rows out."
         )
-    for row in gone.values():
+    for row in gone:
         print(f"left out, its audio is gone: {row['id']} ({row['audio']})", flush=True)
-    return [row for row in rows if row["audio"] is not None and row["id"] not in gone]
+    return [row for row in rows if row["audio"] is not None and row not in gone]
 
 
 def _synthesised(recipe: Recipe, folder: Path) -> Path:
@@ -651,8 +651,9 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
     teacher = None
     if any(stage.objective != "ce" for stage in recipe.stages):
         every = StageDataset(data.train, StageRecipe(name="teacher", tasks={"dialogue": 1.0}), recipe.train.seed)
-        samples = {row["id"]: every.item(row, "dialogue").sample for row in every.rows}
-        teacher = score_targets(list(samples.values()), model, DualSLMCollator(processor)).get
+        samples = {(row["corpus"], row["id"]): every.item(row, "dialogue").sample for row in every.rows}
+        scores = score_targets(list(samples.values()), model, DualSLMCollator(processor))
+        teacher = dict(zip(samples, scores, strict=True)).get
     for number, stage in enumerate(recipe.stages, 1):
         folder = output / f"stage-{number}-{stage.name}"
         if (folder / "final" / "config.json").is_file():

@@ -34,7 +34,7 @@ class StageDataset(Dataset):
         stage: its tasks with their shares, and how sources are drawn.
         seed: of every draw.
         positional_randomness: see `tasks.make_sample`.
-        teacher: (row id) -> the frozen LLM's log-probabilities of a dialogue's target.
+        teacher: (corpus, row id) -> the frozen LLM's log-probabilities of a dialogue's target.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class StageDataset(Dataset):
             has_transcript="transcript" in part,
         )
         sources = with_stage_sources(sources, self.stage, row)
-        teacher = self.teacher(row["id"]) if self.teacher is not None and task == "dialogue" else None
+        teacher = self.teacher((row["corpus"], row["id"])) if self.teacher is not None and task == "dialogue" else None
         return Item(sample, row, sources, teacher)
 
     def size(self, index: int, epoch: int = 0) -> int:

@@ -39,6 +39,6 @@ def read(root: Path, report: Report) -> Iterator[dict]:
                 split=split,
                 audio=str(table.parent / f"{name}.flac"),
                 transcript=text.strip().lower(),
-                speaker=speaker,
+                speaker=f"librispeech_{speaker}",
                 gender=gender.get(speaker),
             )

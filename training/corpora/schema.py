@@ -201,6 +201,7 @@ def check_rows(
 
     Raises:
         FileNotFoundError: every audio file is missing.
+        ValueError: rows were left out, and none is left.
     """
     seen, kept, lost = set(), 0, 0
 
@@ -242,6 +243,8 @@ def check_rows(
             f"none of the {lost:,} audio files is there; the first is {example}. Is it the corpus's root that was "
             "given? `--allow-missing-audio` keeps the text alone."
         )
+    if report and not kept:
+        raise ValueError(f"no row is left. {report}")
 
 
 def _ordered_map(pool: ThreadPoolExecutor, function, items: Iterable, ahead: int = 256) -> Iterator:
@@ -324,9 +327,10 @@ def read_table(*paths: str | Path) -> datasets.Dataset:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file is no table of this schema, or damaged.
+        ValueError: a file is no table of this schema, or damaged; or two of them have a row of the same corpus and id.
     """
-    tables = []
+    tables: list[datasets.Dataset] = []
+    names: dict[tuple[str, str], str | Path] = {}
     for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist: `dual-slm corpus read` or `corpus build` makes a table.")
@@ -340,4 +344,12 @@ def read_table(*paths: str | Path) -> datasets.Dataset:
         if missing:
             raise ValueError(f"{path}: no column {', '.join(missing)}; it is no table of `dual-slm corpus`.")
         tables.append(table.select_columns(list(FEATURES)))
+        here = set(zip(table["corpus"], table["id"], strict=True)) if len(paths) > 1 else set()
+        if shared := here & names.keys():
+            corpus, name = min(shared)
+            raise ValueError(
+                f"{len(shared):,} rows are in two tables, {names[corpus, name]} and {path}, the first is {name!r} of the "
+                f"corpus {corpus!r}. Name a table once; if these are other clips, name another `corpus` in their metadata."
+            )
+        names |= dict.fromkeys(here, path)
     return datasets.concatenate_datasets(tables)

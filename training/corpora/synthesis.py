@@ -80,8 +80,8 @@ def _speak(engine: str, voice: str, text: str, stretch: float, rng: np.random.Ge
             noise_scale=float(rng.uniform(0.4, 0.9)),
             noise_w_scale=float(rng.uniform(0.5, 1.1)),
         )
-        chunks = list(_piper(voice).synthesize(text, config))
-        return np.concatenate([chunk.audio_float_array for chunk in chunks]), chunks[0].sample_rate
+        chunks = [chunk.audio_float_array for chunk in _piper(voice).synthesize(text, config)]
+        return np.concatenate(chunks) if chunks else np.zeros(0, np.float32), _piper(voice).config.sample_rate
     if engine == "hibari":
         return _hibari()(text, speed=1 / stretch, seed=int(rng.integers(2**31))), 24_000
     if engine == "kokoro":
@@ -245,11 +245,13 @@ def make_clip(
     tempo: str | None = None,
     energy: str | None = None,
     engines: tuple[str, ...] = ENGINES,
+    split: str | None = None,
 ) -> tuple[np.ndarray, dict]:
-    """Clip number `index`: float32 samples at 16 kHz and what is known of it. `index` also says the voice, by `VOICES`'
-    shares among the `engines`; `tempo` (slow | normal | fast) and `energy` (low | normal | high) ask for a style."""
+    """Clip number `index`: float32 samples at 16 kHz (none where a voice can say nothing) and what is known of it. `index`
+    also says the voice, by `VOICES`' shares among the `engines`, of the `split` if one is named; `tempo` (slow | normal |
+    fast) and `energy` (low | normal | high) ask for a style."""
     rng = np.random.default_rng([seed, index])
-    voices = [voice for voice in VOICES if voice.engine in engines]
+    voices = [voice for voice in VOICES if voice.engine in engines and split in (None, voice.split)]
     shares = np.array([voice.share for voice in voices])
     voice = voices[rng.choice(len(voices), p=shares / shares.sum())]
     if voice.engine == "kokoro":
@@ -258,8 +260,8 @@ def make_clip(
     tract = math.exp(rng.uniform(-0.18, 0.22))  # > 1: a shorter vocal tract, a higher voice
     stretch = tract * math.exp(rng.uniform(*_STRETCH[tempo]))
     audio, rate = _speak(voice.engine, voice.name, text, stretch=stretch, rng=rng)
-    audio = soxr.resample(audio, rate * tract, SAMPLING_RATE)
-    audio = degrade(audio, rng, _GAIN[energy])
+    if len(audio):
+        audio = degrade(soxr.resample(audio, rate * tract, SAMPLING_RATE), rng, _GAIN[energy])
     # A changed vocal tract changes who one hears: the gender is known only where the voice was left nearly alone.
     known = voice.gender if abs(math.log(tract)) < 0.08 else None
     about = {"speaker": f"{voice.engine}/{voice.name}/{tract:.2f}", "gender": known, "split": voice.split}
@@ -271,12 +273,18 @@ def _make_block(job: tuple[int, list[dict], int, Path, tuple[str, ...]]) -> list
     first, texts, seed, output, engines = job
     paths = [output / "audio" / f"{i // 1000:03d}" / f"{i:06d}.flac" for i in range(first, first + len(texts))]
     done = paths[0].with_name(f"block-{first:06d}.json")
+    made_of = hashlib.sha256(json.dumps([seed, engines, texts]).encode()).hexdigest()
     if done.is_file():
-        return json.loads(done.read_text(encoding="utf-8"))
+        known = json.loads(done.read_text(encoding="utf-8"))
+        if known["made_of"] != made_of:
+            raise ValueError(f"{output} holds clips of another seed, other texts or engines. Name another folder.")
+        return known["rows"]
     _start_block(seed, first)
     rows = []
     for index, (path, item) in enumerate(zip(paths, texts, strict=True), first):
-        audio, about = make_clip(item["text"], seed, index, item.get("tempo"), item.get("energy"), engines)
+        audio, about = make_clip(
+            item["text"], seed, index, item.get("tempo"), item.get("energy"), engines, item.get("split")
+        )
         if len(audio) < 0.3 * SAMPLING_RATE:  # a voice that says nothing (flite on some words)
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,9 +293,9 @@ def _make_block(job: tuple[int, list[dict], int, Path, tuple[str, ...]]) -> list
         os.replace(scratch, path)
         row = {"id": f"synthetic/{seed}/{index:06d}", "file": str(path.relative_to(output)), "corpus": "synthetic"}
         row |= about | {"duration": round(len(audio) / SAMPLING_RATE, 3)}
-        rows.append(row | {k: v for k, v in item.items() if k not in ("tempo", "energy")})
+        rows.append(row | {k: v for k, v in item.items() if k not in ("tempo", "energy", "split")})
     scratch = done.with_suffix(".part")
-    scratch.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    scratch.write_text(json.dumps({"made_of": made_of, "rows": rows}, ensure_ascii=False), encoding="utf-8")
     os.replace(scratch, done)
     return rows
 
@@ -304,12 +312,15 @@ def build(
 
     Args:
         texts: sentences, of which random spans are spoken, in lower case, until there are `hours` of audio; or rows with
-            `transcript`, each spoken once and as it is, in the `tempo` and with the `energy` it names, its `history`,
-            `dialogue` and `turn` kept (up to `hours`, if given).
+            `transcript`, each spoken once and as it is, in the `tempo` and with the `energy` it names, by a voice of its
+            `split`, its `history`, `dialogue` and `turn` kept (up to `hours`, if given).
         hours: of audio.
         seed: of every draw.
         processes: default: one for each core.
         engines: whose voices speak.
+
+    Raises:
+        ValueError: no such engine, no text, no voice for the split of a row, or a folder that holds clips of something else.
     """
     output = Path(output)
     there = {voice.engine: None for voice in VOICES}
@@ -321,13 +332,20 @@ def build(
     spoken_once = isinstance(texts[0], dict)
     if not spoken_once and hours is None:
         raise ValueError("sentences without end need `hours`.")
+    able = {voice.split for voice in VOICES if voice.engine in engines}
+    unheard = [row for row in texts if row.get("split") not in (None, *able)] if spoken_once else []
+    if unheard:
+        raise ValueError(
+            f"{len(unheard):,} rows are of a split that no voice of {', '.join(engines)} is for, the first is of "
+            f"{unheard[0]['split']!r}: name more engines, or leave such rows out."
+        )
     sentences = texts if spoken_once else [re.sub(r"\s+", " ", text).strip().lower() for text in texts]
 
     def jobs():
         for first in range(0, len(texts) if spoken_once else 10**9, BLOCK):
             if spoken_once:
                 rows = sentences[first : first + BLOCK]
-                kept = ("tempo", "energy", "history", "dialogue", "turn")
+                kept = ("tempo", "energy", "split", "history", "dialogue", "turn")
                 items = [{"text": r["transcript"]} | {k: r[k] for k in kept if r.get(k)} for r in rows]
             else:
                 items = []

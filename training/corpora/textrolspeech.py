@@ -42,6 +42,11 @@ def speaker_of(item: str) -> tuple[str, str] | None:
     return None
 
 
+def _name(corpus: str, speaker: str) -> str:
+    """As the corpora's own readers name the same person; LibriTTS's speakers are LibriSpeech's."""
+    return f"{'librispeech' if corpus == 'libritts' else corpus}_{speaker}"
+
+
 def read(root: Path, report: Report, seed: int = 0) -> Iterator[dict]:
     """Rows of every csv below the root. "nan" as an emotion is null."""
     tables = sorted(root.rglob("*.csv"))
@@ -73,7 +78,7 @@ def read(root: Path, report: Report, seed: int = 0) -> Iterator[dict]:
             audio=str(file),
             transcript=clean_text(record.get("content_prompt") or record.get("txt") or ""),
             caption=clean_text(record["style_prompt"]),
-            speaker=None if source is None else "/".join(source),
+            speaker=None if source is None else _name(*source),
             gender=_GENDER.get(record["gender"].lower()),
             pitch=record["pitch"],
             tempo=_TEMPO.get(tempo),

@@ -73,7 +73,7 @@ def evaluate(
         "split": split,
         "seed": seed,
         "limit": limit,
-        "data": {Path(t).name: hashlib.sha256(Path(t).read_bytes()).hexdigest()[:16] for t in tables},
+        "data": {str(t): hashlib.sha256(Path(t).read_bytes()).hexdigest()[:16] for t in tables},
         "asset": ASSET["version"],
         "thresholds": getattr(local and local.model.config, "attribute_thresholds", None),
     }

@@ -527,4 +527,5 @@ def read_records(folder: Path) -> list[dict]:
     paths = [path for suite in SUITES if (path := output(Path(folder), suite)).is_file()]
     if not paths or not (Path(folder) / "report.json").is_file():
         raise FileNotFoundError(f"{folder} holds no finished evaluation (report.json and one .jsonl a suite).")
-    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = (line for path in paths for line in path.read_text(encoding="utf-8").split("\n"))
+    return [json.loads(line) for line in lines if line]

@@ -213,7 +213,7 @@ class Replies:
     def __init__(self, path: str | Path):
         self.name, self.conditions = Path(path).stem, ("P&L",)
         self.replies: dict[tuple, str] = {}
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -230,7 +230,7 @@ class Replies:
     def reply(self, queries: list[Query]) -> Iterator[tuple[Query, str]]:
         for query in queries:
             found = None
-            for corpus in (query.row["corpus"], None):
+            for corpus in (None, query.row["corpus"]):
                 found = self.replies.get((query.row["id"], query.sample.task, corpus), found)
             if found is not None and query.condition == "P&L":
                 yield query, found
