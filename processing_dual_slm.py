@@ -4,11 +4,18 @@ import io
 import re
 import urllib.request
 from collections.abc import Iterator
-from threading import Thread
+from threading import Event, Thread
 
 import numpy as np
 import torch
-from transformers import BatchFeature, DynamicCache, GenerationConfig, ProcessorMixin, TextIteratorStreamer
+from transformers import (
+    BatchFeature,
+    DynamicCache,
+    GenerationConfig,
+    ProcessorMixin,
+    StoppingCriteria,
+    TextIteratorStreamer,
+)
 from transformers.pipelines.any_to_any import AnyToAnyPipeline
 from transformers.utils import logging
 
@@ -469,11 +476,20 @@ class DualSLMProcessor(ProcessorMixin):
             tokenize: if false, the rendered text is returned, with `<|audio|>` for each spoken turn.
             return_dict: if false and `tokenize`, only `input_ids` are returned.
             processor_kwargs: arguments of `__call__`.
-            template_kwargs: variables of the chat template.
+            template_kwargs: variables of the chat template, and `sampling_rate` of `__call__`.
 
         Returns:
             `BatchFeature` with what the model takes.
+
+        Raises:
+            ValueError: a conversation that is to be cut (`truncation`, `max_length`), or content that is not understood.
         """
+        if template_kwargs.keys() & {"truncation", "max_length"}:
+            raise ValueError(
+                "a conversation with audio is not cut (truncation, max_length): leave out its first turns."
+            )
+        if "sampling_rate" in template_kwargs:
+            processor_kwargs = {"sampling_rate": template_kwargs.pop("sampling_rate"), **(processor_kwargs or {})}
         batched = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
         texts, clips = [], []
         for messages in conversation if batched else [conversation]:
@@ -531,7 +547,7 @@ class DualSLMProcessor(ProcessorMixin):
         Args:
             text: prompts with one `<|audio|>` for each clip.
             audio: the clips of all prompts in order: what `load_audio` takes, or content parts of type `audio`.
-            sampling_rate: rate of bare arrays in Hz. Default: the model's.
+            sampling_rate: rate of arrays that come without one, in Hz. Default: the model's.
             padding, add_special_tokens: as in the tokenizer.
             padding_side: "left" (default, as generation wants it) or "right".
             return_tensors: "pt" only.
@@ -553,7 +569,10 @@ class DualSLMProcessor(ProcessorMixin):
             raise ValueError(f"the text has {found} {_AUDIO} marks but there are {len(audio)} clips.")
         if sampling_rate is not None:
             audio = [
-                c if isinstance(c, (dict, tuple)) else {"audio": c, "sampling_rate": sampling_rate} for c in audio
+                c
+                if isinstance(c, tuple)
+                else {"sampling_rate": sampling_rate, **(c if isinstance(c, dict) else {"audio": c})}
+                for c in audio
             ]
         parts = [self._read_part(clip) for clip in audio]
         rendered = iter([self._render_clip(part) for part in parts])
@@ -670,6 +689,16 @@ def _pad_frames(feature: torch.Tensor, length: int) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+class _Stopped(StoppingCriteria):
+    """Ends generation when nobody reads it any more."""
+
+    def __init__(self, left: Event):
+        self.left = left
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.left.is_set(), device=input_ids.device)
+
+
 class DualSLMConversation:
     """A conversation that encodes each clip once and keeps the LLM's KV cache: a turn costs its own tokens only.
 
@@ -694,9 +723,14 @@ class DualSLMConversation:
         self.messages: list[dict] = [{"role": "system", "content": system}] if system else []
         self.generation = {"max_new_tokens": 128, "do_sample": False} | generation
         self._features: list = []  # DualSLMAudioFeatures of the turns
-        self._cache = DynamicCache(config=model.config.get_text_config())
-        self._cached: list[int] = []  # the tokens whose keys and values the cache holds
+        self._forget()
+        self._cached_spoken = False
         self.current_turn: dict | None = None  # what `stream` has heard, before the reply is complete
+
+    def _forget(self) -> None:
+        """An empty KV cache: the next turn reads the whole conversation again."""
+        self._cache = DynamicCache(config=self.model.config.get_text_config())
+        self._cached: list[int] = []  # the tokens whose keys and values the cache holds
 
     def say(self, audio=None, text: str | None = None, **generation) -> dict:
         """One turn of the user, spoken, typed or both; returns `heard`, `attributes` and `reply`."""
@@ -705,22 +739,27 @@ class DualSLMConversation:
 
     def stream(self, audio=None, text: str | None = None, **generation) -> Iterator[str]:
         """Like `say`, but yields the reply as it is written; `current_turn` has what was heard at once and
-        the whole turn afterwards."""
+        the whole turn afterwards. Who stops reading stops the reply: the turn then ends with what was written."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         turn = self._hear(audio, text)
         failure: list[BaseException] = []
+        left = Event()
+        criteria = [*generation.pop("stopping_criteria", []), _Stopped(left)]
 
         def run() -> None:
             try:
-                self._answer(turn, generation | {"streamer": streamer})
+                self._answer(turn, generation | {"streamer": streamer, "stopping_criteria": criteria})
             except BaseException as error:  # handed to the reader of the stream
                 failure.append(error)
                 streamer.end()
 
         thread = Thread(target=run, daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from streamer
+        finally:  # two threads must not write into one cache
+            left.set()
+            thread.join()
         if failure:
             raise failure[0]
 
@@ -768,7 +807,12 @@ class DualSLMConversation:
                 content = "\n".join(p["_rendered"] if p["type"] == "audio" else p["text"] for p in content)
             flat.append({"role": message["role"], "content": content})
         return self.processor.tokenizer.apply_chat_template(
-            flat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            flat,
+            chat_template=self.processor.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
         )["input_ids"].to(self.model.get_input_embeddings().weight.device)
 
     def _answer(self, turn: dict, generation: dict) -> dict:
@@ -795,18 +839,29 @@ class DualSLMConversation:
                 f"the conversation is {len(tokens)} tokens long; with {options['max_new_tokens']} new ones it passes the "
                 f"LLM's {limit}. Start a new conversation."
             )
-        shared = 0
-        for old, new in zip(self._cached, tokens[:-1], strict=False):
-            if old != new:
-                break
-            shared += 1
-        if shared < self._cache.get_seq_length():
-            self._cache.crop(shared - self._cache.get_seq_length())
-        self._cached = self._cached[:shared]
-        output = model.generate(input_ids=prompt, audio_features=audio, past_key_values=self._cache, **options)
+        named = ("num_beams", "num_return_sequences")
+        several = max(options.get(name) or getattr(model.generation_config, name, None) or 1 for name in named) > 1
+        spoken = audio is not None or not model.config.lora_only_with_audio
+        if several or spoken != self._cached_spoken:  # keys of an LLM without its LoRA are another LLM's
+            self._forget()
+            self._cached_spoken = spoken
+        pairs = enumerate(zip(self._cached, tokens[:-1], strict=False))
+        shared = next((n for n, (old, new) in pairs if old != new), min(len(self._cached), len(tokens) - 1))
+        try:
+            if shared < self._cache.get_seq_length():
+                self._cache.crop(shared - self._cache.get_seq_length())
+        except RuntimeError:  # a layer that keeps but a window, or a state, has no way back
+            self._forget()
+        try:
+            output = model.generate(input_ids=prompt, audio_features=audio, past_key_values=self._cache, **options)
+        except BaseException:
+            self._forget()  # cut off amid the layers, some have more keys than others
+            raise
         reply = output[0, prompt.shape[1] :]
         # The cache holds the prompt and what was generated, but for the last token, which was never fed back.
         self._cached = (tokens + reply.tolist())[: self._cache.get_seq_length()]
+        if several:
+            self._forget()  # it holds the beams
         return self.processor.decode(reply, skip_special_tokens=True).strip()
 
 

@@ -190,8 +190,8 @@ LATE, EARLY, WHAT = "You're late, René.", "I'm not... \"You're early.\"", "what
 EXPECTED = {
     "librispeech": {
         "transcript speaker gender split duration": None,
-        "19-198-0000": ("northanger abbey", "19", "female", "train", 0.5),
-        "1272-198-0001": ("this little work's end", "1272", "male", "validation", 0.25),
+        "19-198-0000": ("northanger abbey", "librispeech_19", "female", "train", 0.5),
+        "1272-198-0001": ("this little work's end", "librispeech_1272", "male", "validation", 0.25),
     },
     "meld": {
         "transcript speaker emotion split dialogue turn history": None,
@@ -234,8 +234,8 @@ EXPECTED = {
     },
     "textrolspeech": {
         "transcript caption gender pitch tempo energy emotion speaker": None,
-        READ: ('"Don\'t," she said.', "Slow, it's.", "female", "high", "slow", "normal", None, "libritts/4965"),
-        ACTED: ("A new clock", "Fast.", "male", "normal", "fast", "low", "fearful", "cremad/1060"),
+        READ: ('"Don\'t," she said.', "Slow, it's.", "female", "high", "slow", "normal", None, "librispeech_4965"),
+        ACTED: ("A new clock", "Fast.", "male", "normal", "fast", "low", "fearful", "cremad_1060"),
     },
     "iemocap": {
         "transcript emotion split speaker gender history": None,

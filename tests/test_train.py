@@ -514,7 +514,8 @@ def test_a_clip_that_lends_its_voice_teaches_no_words(tiny_backbones, tmp_path, 
     write_table(lent, tmp_path / "lent.parquet")
     recipe.data.tables, recipe.data.align_responses = [table, str(tmp_path / "lent.parquet")], True
     recipe.data.alignment = {"max_new_tokens": 6}
-    data = load_data(recipe, tmp_path / "run")
+    model, processor = training_model(recipe)
+    data = load_data(recipe, tmp_path / "run", model.config)
     rows = [row for row in data.train if row["corpus"] == "lent"]
     assert len(rows) == len(data.train) / 2
     for about in recipe.stages:
@@ -522,7 +523,6 @@ def test_a_clip_that_lends_its_voice_teaches_no_words(tiny_backbones, tmp_path, 
         items = [dataset[epoch, index] for epoch in range(3) for index in range(len(rows))]
         assert {item.sources for item in items} == {Sources("speech", "transcript", True, False)}
         assert "asr" not in {item.sample.task for item in items}
-    model, processor = training_model(recipe)
     store = FeatureStore(tmp_path / "features", model.config)
     store.build(data.train + data.validation, model, processor)
     recipe.warm_start.steps, heard = [1, 1], {}

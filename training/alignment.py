@@ -200,9 +200,9 @@ def score_targets(samples: list[Sample], model, collator: DualSLMCollator, k: in
     for start in tqdm(range(0, len(order), batch_size), desc="teacher", unit=" batches"):
         part = order[start : start + batch_size]
         batch = collator([replace(samples[place], messages=text_twin(samples[place].messages)) for place in part])
-        output = model(**batch, only_targets=True)
+        output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, only_targets=True)
         counts = (output.labels != -100).sum(-1).tolist()
         for place, logits in zip(part, output.logits.split(counts), strict=True):
             best = logits.float().log_softmax(-1).topk(k)
-            scores[place] = (best.indices, best.values)
+            scores[place] = (best.indices.cpu(), best.values.cpu())
     return scores

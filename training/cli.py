@@ -532,7 +532,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--recipe", default=None, help="a recipe of the package, or a YAML file")
     sub.add_argument("--output", default=None, metavar="DIR", help="the run's folder")
     sub.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="for example stages.0.learning_rate=1e-4"
+        "--set",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for example stages.0.learning_rate=1e-4",
     )
     sub.add_argument("--resume", action="store_true", help="go on with the run in --output")
     sub.add_argument("--dry-run", action="store_true", help="print the plan: rows, steps, memory, hours")

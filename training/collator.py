@@ -8,7 +8,7 @@ from ..processing_dual_slm import DualSLMProcessor
 from .err import Sources
 from .features import FeatureStore
 from .tasks import TASKS, Sample
-from .warm_start import Speller, caption_targets, label_targets
+from .warm_start import Speller, caption_targets, label_targets, spelled_out
 
 
 class DualSLMCollator:
@@ -115,7 +115,8 @@ class TrainingCollator(DualSLMCollator):
         Returns:
             As [`DualSLMCollator`], with `audio_states` (A, L, T, C), `audio_lengths` (A,), `audio_pooled`,
             `audio_branches` and `audio_trained` (A, 2) in place of the log-mel, `task_ids` (B,), and where asked for
-            `ctc_labels` (A, U), `caption_labels` (A, slots or attributes), `teacher_ids`, `teacher_log_probs` (targets, k).
+            `ctc_labels` (A, U) with `ctc_known` (A,), `caption_labels` (A, slots or attributes), `teacher_ids`,
+            `teacher_log_probs` (targets, k).
         """
         pooled, branches, samples = [], [], []
         for item in items:
@@ -132,7 +133,9 @@ class TrainingCollator(DualSLMCollator):
         if pooled:
             batch["audio_pooled"] = torch.stack(pooled)
         if self.speller is not None:
-            spelled = [torch.tensor(self.speller(item.row["transcript"] or ""), dtype=torch.long) for item in items]
+            said = [item.row["transcript"] or "" for item in items]
+            spelled = [torch.tensor(self.speller(text), dtype=torch.long) for text in said]
+            batch["ctc_known"] = torch.tensor([bool(text) and spelled_out(text) for text in said])
             batch["ctc_labels"] = torch.nn.utils.rnn.pad_sequence(spelled, batch_first=True, padding_value=-100)
         if self.captions:
             targets_of = label_targets if self.processor.caption_slots is None else caption_targets

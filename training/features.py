@@ -125,7 +125,7 @@ class FeatureStore:
         self.layers = config.audio_num_layers if self.all_layers else 1
         self._shards: dict[str, str] = {}  # clip -> shard
         self._open: dict[str, object] = {}
-        self._hashes: dict[tuple[str, int | None, float | None], str] = {}
+        self._hashes: dict[tuple, str] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             self._index(path)
 
@@ -145,6 +145,7 @@ class FeatureStore:
     def key(self, row: dict) -> str:
         """The clip of a row, by the content of its file."""
         place = (row["audio"], row.get("augment"), row.get("loudness"))
+        place += (row["id"],) if row.get("augment") is not None else ()  # the id is what its speed is drawn by
         if place not in self._hashes:
             digest = hashlib.sha256(Path(row["audio"]).read_bytes())
             if row.get("loudness") is not None:
@@ -174,9 +175,11 @@ class FeatureStore:
         processor: DualSLMProcessor,
         skip_damaged: bool = False,
         workers: int = 2,
+        device: torch.device | str | None = None,
     ) -> list[dict]:
         """Computes what is missing and returns the rows that have features: all, or with `skip_damaged` those whose audio
-        could be read. The encoder runs in bfloat16 where that is fast, batches of similar length at a time.
+        could be read. The encoder runs on `device` (default: where it is), in bfloat16 where that is fast, batches of
+        similar length at a time.
 
         Raises:
             OSError: the disk has no room for it, told before anything is computed.
@@ -191,14 +194,17 @@ class FeatureStore:
         if need > free:
             raise OSError(
                 f"the features need about {need / 2**20:,.0f} MiB in {self.folder}, {free / 2**20:,.0f} MiB are free. Free "
-                "some, name another feature folder, or keep them in 8 bits."
+                "some, or keep them in 8 bits (data.feature_bits: 8)."
             )
         todo.sort(key=lambda row: row.get("duration") or os.path.getsize(row["audio"]))
         # Shards hold clips of all lengths, so that one is not all of the long ones.
         count = -(-len(todo) // SHARD)
         tower = model.audio_tower
-        if tower.device.type != "cpu" or cpu_has_bfloat16():
-            model.audio_tower = copy.deepcopy(tower).to(torch.bfloat16)  # a copy: there is no way back from bfloat16
+        device = torch.device(device or tower.device)
+        if device.type != "cpu" or cpu_has_bfloat16():
+            model.audio_tower = copy.deepcopy(tower).to(
+                device, torch.bfloat16
+            )  # a copy: there is no way back from bfloat16
         bad = []
         try:
             for number in tqdm(range(count), desc="encoder features", unit=" shards"):
@@ -223,6 +229,7 @@ class FeatureStore:
                 continue
             with torch.inference_mode():
                 states, lengths = model.encode_audio(**item, all_layers=model.config.paralinguistic_layer_mix)
+                states, lengths = states.cpu(), lengths.cpu()
                 pooled = model.paralinguistic_adapter.pool(states, lengths) if self.pools else None
             for place, index in enumerate(kept):
                 clip = self.key(batch[index])

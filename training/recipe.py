@@ -1,16 +1,18 @@
 """Recipes: YAML files -> dataclasses by HfArgumentParser, and refusals that name what was meant."""
 
 import difflib
+import inspect
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, SchedulerType
 
+from ..configuration_dual_slm import DualSLMConfig
 from .corpora.synthesis import ENGINES, VOICES
 from .err import STAGES
-from .tasks import TASKS
+from .tasks import ATTRIBUTES, TASKS
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -41,7 +43,10 @@ class DataRecipe:
     synthesise_hours: float = 0.0
     synthesise_engines: list[str] = field(default_factory=lambda: list(ENGINES))
     align_responses: bool = field(
-        default=True, metadata={"help": "let the frozen LLM answer rows that have no response"}
+        default=True,
+        metadata={
+            "help": "let the frozen LLM answer rows that it has not answered yet, in the place of a corpus's own"
+        },
     )
     alignment: dict = field(default_factory=dict, metadata={"help": "fields of AlignmentConfig"})
     histories: list[str] = field(
@@ -254,6 +259,22 @@ def _check(recipe: Recipe, where: str) -> None:
         for task in stage.tasks:
             figures += {"asr": ["wer"], "dialogue": []}.get(task, [f"accuracy_{task}"])
         choices[f"stage {stage.name}: best_by"] = (stage.best_by, figures)
+        choices[f"stage {stage.name}: lr_scheduler_type"] = (
+            stage.lr_scheduler_type,
+            [kind.value for kind in SchedulerType],
+        )
+        faults += [
+            f"stage {stage.name}: facts: no {f!r}{_nearest(f, ATTRIBUTES)}" for f in stage.facts if f not in ATTRIBUTES
+        ]
+        if recipe.model.adapters == "emosllm" and stage.linguistic_source == "speech":
+            faults.append(f"stage {stage.name}: emosllm hears no words: linguistic_source is transcript or none")
+    fields_ = [name for name in inspect.signature(DualSLMConfig.__init__).parameters if name not in ("self", "kwargs")]
+    faults += [f"model.config: no {n!r}{_nearest(n, fields_)}" for n in recipe.model.config if n not in fields_]
+    if recipe.train.save_steps != recipe.train.eval_steps:
+        faults.append(
+            f"train.save_steps {recipe.train.save_steps} is not train.eval_steps {recipe.train.eval_steps}: the checkpoint "
+            "that validation chooses has to be there"
+        )
     for name, (value, known) in choices.items():
         if value not in known:
             faults.append(f"{name} is {value!r}; it must be one of {', '.join(known)}")

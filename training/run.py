@@ -14,6 +14,7 @@ import platform
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoTokenizer, Seq2SeqTrainingArguments, TrainerCallback
 
 from .. import DualSLMForConditionalGeneration, DualSLMProcessor
-from ..configuration_dual_slm import EMOSLLM_ADAPTERS, WARM_START_ADAPTERS
+from ..configuration_dual_slm import EMOSLLM_ADAPTERS, WARM_START_ADAPTERS, DualSLMConfig
 from ..modeling_dual_slm import SoftResidual, resolve_backbone
 from ..processing_dual_slm import CaptionSlots
 from .alignment import Aligner, AlignmentConfig, align_rows, score_targets
@@ -39,7 +40,7 @@ from .features import FeatureStore, augmented, fast_dtype
 from .journal import Journal, write_json
 from .prompts import PROMPTS
 from .recipe import DataRecipe, Recipe, StageRecipe
-from .tasks import lend_histories, tasks_of
+from .tasks import ATTRIBUTES, label_sets, lend_histories, tasks_of
 from .trainer import (
     DualSLMTrainer,
     StageDataset,
@@ -56,6 +57,7 @@ from .warm_start import (
     caption_targets,
     normalize,
     read_labels,
+    spelled_out,
     train_linguistic,
     train_paralinguistic,
     train_queries,
@@ -108,6 +110,11 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
     tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(about.text_model_id))
     config, slots = {}, None
     if about.adapters == "warm_start":
+        if "Ġ" not in tokenizer.get_vocab():
+            raise ValueError(
+                "model.adapters: warm_start spells words with the tokens of a byte-level tokenizer, and that of "
+                f"{about.text_model_id} is none; take model.adapters: paper."
+            )
         labels = about.config.get("attribute_labels", ATTRIBUTE_LABELS)
         template = about.config.get("caption_template", CAPTION_TEMPLATE)
         slots = CaptionSlots(tokenizer, template, labels)
@@ -159,38 +166,49 @@ class Data:
     words: list[dict] = field(default_factory=list)  # more to hear words in, for stage 0 alone
 
 
-def load_data(recipe: Recipe, folder: Path, thresholds: dict | None = None) -> Data:
+def load_data(recipe: Recipe, folder: Path, config, device: torch.device | str = "cpu") -> Data:
     """The recipe's tables, or a small corpus that is synthesised and labelled; responses by the frozen LLM if asked for.
 
     Args:
-        thresholds: the model's `attribute_thresholds`, by which augmented copies are labelled.
+        config: of the model: its LLM answers, its `attribute_thresholds` label augmented copies.
+        device: where the LLM answers.
     """
     about, tables = recipe.data, [Path(table) for table in recipe.data.tables]
     if about.synthesise_hours > 0:
         tables.append(_synthesised(recipe, folder))
-    rows = _with_audio(read_table(*tables), about)
+    used = (row for row in read_table(*tables) if row["split"] in ("train", "validation"))
+    rows = _with_audio(used, about)
     starts = recipe.warm_start.enabled and recipe.warm_start.tables
     words = _with_audio(read_table(*recipe.warm_start.tables), about) if starts else []
     if about.histories:
         rows = list(lend_histories(rows, read_table(*about.histories), recipe.train.seed))
     wanted = any(stage.tasks.get("dialogue") for stage in recipe.stages)
-    if wanted and about.align_responses and any(row["response_complete"] is None for row in rows):
+    open_rows = [row for row in rows if row["response_complete"] is None and row["transcript"]]
+    if wanted and about.align_responses and open_rows:
         path = folder / "responses.parquet"
         if not path.is_file():
-            config = AlignmentConfig(**{"seed": recipe.train.seed, **about.alignment})
-            aligner, report = Aligner(recipe.model.text_model_id, config), Report()
-            write_table(align_rows(rows, aligner, Journal(folder / "replies.jsonl"), report), path)
+            alignment = AlignmentConfig(**{"seed": recipe.train.seed, **about.alignment})
+            aligner, report = Aligner(config.text_model_id, alignment, device=device), Report()
+            write_table(align_rows(open_rows, aligner, Journal(folder / "replies.jsonl"), report), path)
             print(report, flush=True)
-        answers = {(row["corpus"], row["id"]): row for row in read_table(path)}
-        rows = [answers.get((row["corpus"], row["id"]), row) for row in rows]
+        answers = {
+            (row["corpus"], row["id"]): {name: row[name] for name in ("system", "response", "response_complete")}
+            for row in read_table(path)
+        }
+        rows = [row | answers.get((row["corpus"], row["id"]), {}) for row in rows]
     digest = hashlib.sha256()
     for row in rows + words:
-        digest.update(f"{row['id']}\t{row['split']}\t{row['transcript']}\t{row['response']}\n".encode())
+        labels = [row[name] for name in ATTRIBUTES]
+        digest.update(f"{row['id']}\t{row['split']}\t{row['transcript']}\t{row['response']}\t{labels}\n".encode())
     split = {name: [row for row in rows if row["split"] == name] for name in ("train", "validation")}
     if not split["train"] or not split["validation"]:
         raise ValueError(
             f"there are {len(split['train'])} training and {len(split['validation'])} validation rows; both are needed."
         )
+    named = {*about.augment, *(corpus for stage in recipe.stages for corpus in stage.repeat)}
+    if unknown := sorted(named - {row["corpus"] for row in split["train"]}):
+        print(f"no training row is of a corpus that augment or repeat names: {', '.join(unknown)}", flush=True)
+    thresholds = config.attribute_thresholds
     train, borders = list(split["train"]), Thresholds(**thresholds) if thresholds else None
     for row in split["train"]:
         train += [augmented(row, copy, borders) for copy in range(1, about.augment.get(row["corpus"], 0) + 1)]
@@ -332,7 +350,16 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
         )
     clips = own_clips(data.train)
     spoken = own_clips([row for row in data.train + data.words if row["transcript"]])
-    heard = [row for row in own_clips(data.validation) if normalize(row["transcript"] or "")]
+    odd = [row for row in spoken if not spelled_out(row["transcript"])]
+    if odd:
+        print(
+            f"{len(odd):,} transcripts have figures or letters that are not a to z, and teach no words; the first is "
+            f"{odd[0]['transcript'][:60]!r}",
+            flush=True,
+        )
+        spoken = [row for row in spoken if spelled_out(row["transcript"])]
+    heard = [row for row in own_clips(data.validation) if row["transcript"] and spelled_out(row["transcript"])]
+    heard = [row for row in heard if normalize(row["transcript"])]
     heard = [row for row in heard if row["corpus"] != "ravdess"][:64]
     words = training_texts(spoken)
     if about.linguistic_from:
@@ -446,19 +473,20 @@ def run_stage(
 ) -> list[dict]:
     """One stage; the model holds its best adapters at the end."""
     about = recipe.train
-    dataset = StageDataset(data.train, stage, about.seed, about.positional_randomness, teacher)
-    items = validation_items(
-        StageDataset(data.validation, stage, about.seed, about.positional_randomness),
-        data.validation,
-        recipe.data.validation_rows,
-    )
+    choices = label_sets(data.train + data.validation)  # the few validation speakers may not have all labels
+    common = {"positional_randomness": about.positional_randomness, "choices": choices}
+    dataset = StageDataset(data.train, stage, about.seed, **common, teacher=teacher)
+    asked = StageDataset(data.validation, stage, about.seed, **common)
+    items = validation_items(asked, data.validation, recipe.data.validation_rows)
     speller = None
     if stage.ctc_share:
         speller = Speller.of(processor.tokenizer, model.linguistic_adapter.soft_tokens.token_ids.tolist())
     collator = TrainingCollator(processor, store, speller, captions=stage.caption_share > 0)
-    world = PartialState().num_processes
-    if about.batch_size % world:
-        raise ValueError(f"train.batch_size {about.batch_size} is no multiple of the {world} processes.")
+    world, evaluation_batch = PartialState().num_processes, about.batch_size
+    if world > 1:  # an incomplete batch would be filled up with clips that count twice
+        items = items[: max(len(items) // world, 1) * world]
+        sizes = range(world, about.batch_size + 1, world)
+        evaluation_batch = max((size for size in sizes if len(items) % size == 0), default=world)
     if about.activation_checkpointing:
         checkpoint_activations(model)
     longest = max(len(processor.tokenizer(item.sample.target)["input_ids"]) for item in items)
@@ -468,7 +496,7 @@ def run_stage(
         seed=about.seed,
         data_seed=about.seed,
         per_device_train_batch_size=about.batch_size // world,
-        per_device_eval_batch_size=max(1, about.batch_size // world),
+        per_device_eval_batch_size=evaluation_batch,  # split_batches: of all processes together
         gradient_accumulation_steps=about.gradient_accumulation_steps,
         learning_rate=stage.learning_rate,
         weight_decay=about.weight_decay,
@@ -485,7 +513,7 @@ def run_stage(
         save_strategy="steps",
         save_steps=about.save_steps,
         save_total_limit=2,
-        load_best_model_at_end=about.save_steps % about.eval_steps == 0,
+        load_best_model_at_end=True,
         metric_for_best_model=f"eval_{stage.best_by}",
         greater_is_better=stage.best_by.startswith("accuracy"),
         logging_steps=about.logging_steps,
@@ -502,6 +530,7 @@ def run_stage(
         run_name=f"{recipe.name}/{stage.name}",
         disable_tqdm=False,
     )
+    arguments._n_gpu = 1  # several GPUs of one process would be `DataParallel`: `accelerate launch` is for them
     trainer = DualSLMTrainer(
         model=model,
         args=arguments,
@@ -615,7 +644,13 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
     Raises:
         FileExistsError, ValueError: the folder holds a run already, or one of another recipe.
     """
-    output, state = Path(output), PartialState(cpu=not torch.cuda.is_available())
+    # The other processes wait while the first one synthesises, aligns and computes features: longer than the default allows.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    if recipe.train.batch_size % state.num_processes:
+        raise ValueError(
+            f"train.batch_size {recipe.train.batch_size} is no multiple of the {state.num_processes} processes."
+        )
+    output = Path(output)
     kept = output / "recipe.yaml"
     if state.is_main_process and kept.is_file():
         if not resume:
@@ -628,14 +663,18 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
             kept.write_text(recipe.to_yaml(), encoding="utf-8")
         recipe = fit_dtype(recipe)
         model, processor = make_model(recipe)
-        data = load_data(recipe, output, model.config.attribute_thresholds)
+        data = load_data(recipe, output, model.config, state.device)
+        about = environment(data) | {"dtype": recipe.model.dtype}
+        known = output / "environment.json"
+        if known.is_file() and json.loads(known.read_text(encoding="utf-8"))["data"] != about["data"]:
+            raise ValueError(f"the tables are not those that {known} tells of: a run goes on with its own data.")
         store = FeatureStore(output / "features", model.config, recipe.data.feature_bits)
-        skip = recipe.data.skip_damaged
-        data.train = store.build(data.train, model, processor, skip)
-        data.words = store.build(data.words, model, processor, skip)
-        data.validation = store.build(data.validation, model, processor, skip)
         if state.is_main_process:
-            write_json(output / "environment.json", environment(data) | {"dtype": recipe.model.dtype})
+            write_json(known, about)
+        options = {"skip_damaged": recipe.data.skip_damaged, "device": state.device}
+        data.train = store.build(data.train, model, processor, **options)
+        data.words = store.build(data.words, model, processor, **options)
+        data.validation = store.build(data.validation, model, processor, **options)
     log: list[dict] = []
     if recipe.warm_start.enabled:
         folder = output / "stage-0"
@@ -650,8 +689,13 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
         shard_llm(model)
     teacher = None
     if any(stage.objective != "ce" for stage in recipe.stages):
-        every = StageDataset(data.train, StageRecipe(name="teacher", tasks={"dialogue": 1.0}), recipe.train.seed)
+        rows = [row for row in data.train if "dialogue" in tasks_of(row) and row.get("augment") is None]
+        if not rows:
+            raise ValueError("an objective with kl learns from dialogues, and no training row has a response.")
+        talk = StageRecipe(name="teacher", tasks={"dialogue": 1.0})
+        every = StageDataset(rows, talk, recipe.train.seed, recipe.train.positional_randomness)
         samples = {(row["corpus"], row["id"]): every.item(row, "dialogue").sample for row in every.rows}
+        model.to(state.device)
         scores = score_targets(list(samples.values()), model, DualSLMCollator(processor))
         teacher = dict(zip(samples, scores, strict=True)).get
     for number, stage in enumerate(recipe.stages, 1):
@@ -674,6 +718,10 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
 def plan(recipe: Recipe, output: str | Path) -> str:
     """What a run would do: rows, steps, memory and hours, without doing it."""
     recipe = fit_dtype(recipe)
+    if recipe.model.start_from:
+        config = DualSLMConfig.from_pretrained(recipe.model.start_from)
+        ids = {"audio_model_id": config.audio_model_id, "text_model_id": config.text_model_id}
+        recipe = replace(recipe, model=replace(recipe.model, **ids))
     lines = [f"recipe {recipe.name}: {recipe.model.audio_model_id} + {recipe.model.text_model_id}"]
     rows = [row for row in read_table(*recipe.data.tables) if row["audio"]] if recipe.data.tables else []
     if rows and recipe.data.histories:

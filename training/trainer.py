@@ -35,14 +35,21 @@ class StageDataset(Dataset):
         seed: of every draw.
         positional_randomness: see `tasks.make_sample`.
         teacher: (corpus, row id) -> the frozen LLM's log-probabilities of a dialogue's target.
+        choices: the labels that prompts offer, as `tasks.label_sets`; default: those of the rows.
     """
 
     def __init__(
-        self, rows: list[dict], stage: StageRecipe, seed: int, positional_randomness: bool = True, teacher=None
+        self,
+        rows: list[dict],
+        stage: StageRecipe,
+        seed: int,
+        positional_randomness: bool = True,
+        teacher=None,
+        choices: dict[tuple[str, str], list[str]] | None = None,
     ):
         self.stage, self.seed = stage, seed
         self.positional_randomness, self.teacher = positional_randomness, teacher
-        self.choices = label_sets(rows)
+        self.choices = choices or label_sets(rows)
         self.rows = [row for row in rows if self._weights(row) for _ in range(stage.repeat.get(row["corpus"], 1))]
         if not self.rows:
             raise ValueError(f"stage {stage.name}: no row has a target for any of {', '.join(stage.tasks)}.")
@@ -83,8 +90,8 @@ class StageDataset(Dataset):
             has_transcript="transcript" in part,
         )
         sources = with_stage_sources(sources, self.stage, row)
-        teacher = self.teacher((row["corpus"], row["id"])) if self.teacher is not None and task == "dialogue" else None
-        return Item(sample, row, sources, teacher)
+        taught = self.teacher is not None and task == "dialogue" and row.get("augment") is None
+        return Item(sample, row, sources, self.teacher((row["corpus"], row["id"])) if taught else None)
 
     def size(self, index: int, epoch: int = 0) -> int:
         """About how many positions a row takes in the LLM in an epoch, its history as it is cut then: in letters."""
@@ -322,7 +329,7 @@ class DualSLMTrainer(Seq2SeqTrainer):
         trained = inputs["audio_trained"].bool() & inputs["audio_branches"].bool()
         if "ctc_labels" in inputs and audio.linguistic_logits is not None:
             heard = inputs["audio_branches"].bool()[:, 1]
-            learns = trained[heard, 1]
+            learns = trained[heard, 1] & inputs["ctc_known"][heard]
             labels = inputs["ctc_labels"][heard][learns]
             target_lengths = (labels != -100).sum(-1)
             if len(labels):

@@ -37,6 +37,11 @@ def nothing_said(transcript: str) -> bool:
     return not _UNSPOKEN.sub("", transcript).strip()
 
 
+def spelled_out(transcript: str) -> bool:
+    """Whether `normalize` keeps all that is said: it has no figures, and of letters a to z alone."""
+    return nothing_said(transcript) or not re.search(r"[^\W_a-z]", transcript.lower())
+
+
 def normalize(text: str) -> list[str]:
     """What is said as bare lower-case words: what CTC can hear. Parentheses within a text are read aloud like the rest."""
     text = "" if nothing_said(text) else text.lower().replace("’", "'").replace("-", " ")

@@ -5,6 +5,7 @@ L encoder layers read, C the encoder's width, N `num_paralinguistic_tokens`, D t
 """
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ from transformers.utils.hub import extract_commit_hash
 from .configuration_dual_slm import DualSLMConfig
 
 logger = logging.get_logger(__name__)
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -333,7 +336,8 @@ class SoftTokens(nn.Module):
 
     def rows(self, embedding: nn.Module) -> torch.Tensor:
         """The embedding rows of the pieces, (V, D), without a gradient to the LLM."""
-        return embedding.weight.detach()[self.token_ids.to(embedding.weight.device)].to(self.scale)
+        # By the module, not out of its weight: Gemma's scales what it looks up.
+        return embedding(self.token_ids.to(embedding.weight.device)).detach().to(self.scale)
 
     def logits(self, outputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., V) for the `rows` of the pieces, with the blank as one more, last class if there is one."""
@@ -588,6 +592,13 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for adapter in (self.paralinguistic_adapter, self.linguistic_adapter):
             if adapter is not None:
                 adapter.to(device)
+        places = getattr(language_model, "hf_device_map", None)
+        if places and not {"cpu", "disk"} & {str(place) for place in places.values()}:
+            # So that pipeline and Trainer leave everything where it is.
+            self.hf_device_map = {f"language_model.{name}".rstrip("."): place for name, place in places.items()}
+            self.hf_device_map |= dict.fromkeys(
+                ("audio_tower", "paralinguistic_adapter", "linguistic_adapter"), device
+            )
         self._add_lora()
 
     def frozen_keys(self) -> list[str]:
@@ -627,10 +638,17 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if self.config.lora_config is not None and not enabled:
                 self.language_model.enable_adapters()
 
-    def _lora_for(self, audio) -> "contextmanager":
+    def _lora_for(self, audio, input_ids: torch.Tensor | None = None) -> "contextmanager":
         """LoRA as the config wants it for an input with or without audio."""
         if self.config.lora_config is None or getattr(self, "_lora_decided", False):
             return nullcontext()
+        if self.config.lora_only_with_audio and audio is not None and input_ids is not None and len(input_ids) > 1:
+            how, what = self._placeholders(input_ids)
+            if not (how | what).any(-1).all():
+                raise ValueError(
+                    "this checkpoint's LoRA is for audio only (lora_only_with_audio), and the batch has rows with and rows "
+                    "without audio: give them apart."
+                )
         return self.lora(audio is not None or not self.config.lora_only_with_audio)
 
     def merge_lora(self, folder: str | os.PathLike) -> None:
@@ -638,10 +656,12 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         it there. peft is not needed any more.
 
         Raises:
-            ValueError: there is no LoRA.
+            ValueError: there is no LoRA, or it is for inputs with audio alone.
         """
         if self.config.lora_config is None:
             raise ValueError("there is no LoRA to merge: lora_config is None.")
+        if self.config.lora_only_with_audio:
+            raise ValueError("LoRA that is off without audio (lora_only_with_audio) cannot be merged.")
         try:
             from peft.tuners.tuners_utils import BaseTunerLayer
         except ImportError as error:
@@ -677,38 +697,47 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         dtype=None,
         device_map=None,
         quantization_config=None,
-        **adapter_fields,
+        attn_implementation=None,
+        **kwargs,
     ) -> "DualSLMForConditionalGeneration":
         """New adapters between two backbones.
 
         Args:
             audio_model_id, text_model_id: a Hub id, a local folder, or a name from `dual-slm backbones`.
             audio_revision, text_revision: commit, branch or tag on the Hub.
-            dtype, device_map, quantization_config: for the backbones, as in `from_pretrained`. The adapters are float32.
-            adapter_fields: fields of [`DualSLMConfig`].
+            dtype, device_map, quantization_config, attn_implementation: for the backbones, as in `from_pretrained`. The
+                adapters are float32.
+            kwargs: fields of [`DualSLMConfig`]; `token`, `cache_dir`, `force_download` and `local_files_only` for the Hub.
+
+        Raises:
+            TypeError: a keyword that is none of these.
         """
-        options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
+        options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+        options |= {"quantization_config": quantization_config}
+        hub_kwargs = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+        unknown = kwargs.keys() - inspect.signature(DualSLMConfig.__init__).parameters.keys()
+        if unknown:
+            raise TypeError(f"from_backbones: {', '.join(sorted(unknown))} is no field of DualSLMConfig.")
         # A branch moves: what is loaded, hashed and written into the config is one commit.
-        audio_revision = _commit(audio_model_id, audio_revision)
-        text_revision = _commit(text_model_id, text_revision)
-        audio_tower, audio_config = _load_audio_tower(audio_model_id, revision=audio_revision, **options)
-        language_model = _load_language_model(text_model_id, revision=text_revision, **options)
-        tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(text_model_id), revision=text_revision)
-        adapter_fields = {
-            "paralinguistic_token_id": len(tokenizer),
-            "linguistic_token_id": len(tokenizer) + 1,
-            **adapter_fields,
-        }
+        audio_revision = _commit(audio_model_id, audio_revision, **hub_kwargs)
+        text_revision = _commit(text_model_id, text_revision, **hub_kwargs)
+        audio_tower, language_model, audio_config = _load_backbones(
+            (audio_model_id, text_model_id), (audio_revision, text_revision), options | hub_kwargs
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_backbone(text_model_id), revision=text_revision, **hub_kwargs
+        )
+        fields = {"paralinguistic_token_id": len(tokenizer), "linguistic_token_id": len(tokenizer) + 1, **kwargs}
         config = DualSLMConfig(
             audio_config=audio_config.to_dict(),  # copies: a composite model writes into its sub-configs
             text_config=language_model.config.to_dict(),
             audio_model_id=audio_model_id,
             audio_model_revision=audio_revision,
-            audio_model_fingerprint=fingerprint(resolve_backbone(audio_model_id), revision=audio_revision),
+            audio_model_fingerprint=fingerprint(resolve_backbone(audio_model_id), audio_revision, **hub_kwargs),
             text_model_id=text_model_id,
             text_model_revision=text_revision,
-            text_model_fingerprint=fingerprint(resolve_backbone(text_model_id), revision=text_revision),
-            **adapter_fields,
+            text_model_fingerprint=fingerprint(resolve_backbone(text_model_id), text_revision, **hub_kwargs),
+            **fields,
         )
         # A saved config must name the backbones, not the folders they lay in, nor how they were quantised.
         config.audio_config._name_or_path, config.text_config._name_or_path = audio_model_id, text_model_id
@@ -733,20 +762,24 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ):
         """Loads the adapters, then the backbones that the config names, and checks both.
 
-        `dtype`, `device_map`, `quantization_config` and `attn_implementation` go to the backbones; the adapters are few
-        and stay in float32. `audio_model_id` and `text_model_id` may be given to load the same backbones from elsewhere.
+        `dtype`, `device_map` and what belongs to it, `quantization_config` and `attn_implementation` go to the backbones;
+        the adapters are few and stay in float32. `audio_model_id` and `text_model_id` may be given to load the same
+        backbones from elsewhere.
 
         Raises:
             ValueError: keys are missing, unexpected or of another shape, or a backbone is not the one trained with.
             OSError: a damaged or missing file, a pickle, or a backbone that cannot be found.
         """
-        hub_names = ("cache_dir", "force_download", "local_files_only", "token")
-        hub_kwargs = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
+        hub_kwargs = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
+        dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
+        placing = {name: kwargs.pop(name, None) for name in ("max_memory", "offload_folder", "offload_buffers")}
         if not isinstance(config, PreTrainedConfig):
             source = config if config is not None else pretrained_model_name_or_path
             places = {k: kwargs[k] for k in ("revision", "subfolder") if kwargs.get(k) is not None}
             with name_in_errors(source):
                 config = cls.config_class.from_pretrained(source, **hub_kwargs, **places)
+        if attn_implementation is None:  # the auto classes have taken it out and written it there
+            attn_implementation = getattr(config, "_attn_implementation", None)
         for name in ("audio_model_id", "text_model_id"):
             if name in kwargs:
                 setattr(config, name, kwargs.pop(name))
@@ -779,9 +812,12 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ) from error
         _refuse_wrong_keys(pretrained_model_name_or_path, info)
         options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-        options |= {"quantization_config": quantization_config, **hub_kwargs}
-        audio_tower, _ = _load_audio_tower(config.audio_model_id, revision=config.audio_model_revision, **options)
-        language_model = _load_language_model(config.text_model_id, revision=config.text_model_revision, **options)
+        options |= {"quantization_config": quantization_config, **placing, **hub_kwargs}
+        audio_tower, language_model, _ = _load_backbones(
+            (config.audio_model_id, config.text_model_id),
+            (config.audio_model_revision, config.text_model_revision),
+            options,
+        )
         for side in ("audio", "text"):
             _refuse_other_backbone(config, side, hub_kwargs)
         generation_config = model.generation_config
@@ -949,7 +985,8 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         embedding = self.get_input_embeddings()
         device = self.paralinguistic_adapter.output.weight.device
-        states, lengths = states.to(device), lengths.to(device)
+        # Adapters that were cast with the whole model (`.half()`) read what they are.
+        states, lengths = states.to(device, self.paralinguistic_adapter.output.weight.dtype), lengths.to(device)
         how, what = audio_branches.to(device).bool().unbind(-1)
         features = DualSLMAudioFeatures()
         if how.any():
@@ -957,7 +994,7 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if pooled is None:
                 embeds, logits = adapter(states[how], lengths[how], embedding)
             else:
-                embeds, logits = adapter.embed(pooled.to(device)[how], embedding)
+                embeds, logits = adapter.embed(pooled.to(states)[how], embedding)
             if audio_trained is not None:
                 embeds = _with_gradient(embeds, audio_trained.to(device)[how, 0])
             features.paralinguistic_embeds, features.paralinguistic_logits = embeds, logits
@@ -1029,6 +1066,11 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "checkpoint write them (apply_chat_template), and do not truncate the prompt."
             )
 
+    def _refuse_unheard(self, input_ids: torch.Tensor) -> None:
+        """Placeholders without audio: the LLM has no such tokens, or untrained ones."""
+        for branch, found in zip(("paralinguistic", "linguistic"), self._placeholders(input_ids), strict=True):
+            self._check_placeholders(branch, int(found.sum()), 0)
+
     # ---- language --------------------------------------------------------------------------------------------------
 
     def forward(
@@ -1072,8 +1114,9 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 audio_branches = torch.ones(len(audio_lengths), 2)
             audio_features = self.adapt_audio(audio_states, audio_lengths, audio_branches, audio_pooled, audio_trained)
         if only_targets:
-            with self._lora_for(audio_features):
+            with self._lora_for(audio_features, input_ids):
                 return self._forward_targets(input_ids, attention_mask, audio_features, labels)
+        lora = self._lora_for(audio_features, input_ids)
         if audio_features is not None:
             if input_ids is None:
                 raise ValueError("audio needs input_ids, whose placeholders say where it goes; got none.")
@@ -1081,7 +1124,9 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids = None
             if position_ids is None:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        with self._lora_for(audio_features):
+        elif input_ids is not None and input_ids.shape[1] > 1:  # not for each token that is generated
+            self._refuse_unheard(input_ids)
+        with lora:
             return self.language_model(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
@@ -1149,12 +1194,14 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if features is None and audio["input_features"] is not None:
             features = self.get_audio_features(**audio)
         if features is None:
+            if input_ids is not None:
+                self._refuse_unheard(input_ids)
             with self._lora_for(None):
                 return super().generate(input_ids, **kwargs)
         if input_ids is None:
             raise ValueError("audio needs input_ids, whose placeholders say where it goes; got none.")
         ids, embeds, attention_mask = self.pack_prompt(input_ids, kwargs.pop("attention_mask", None), features)
-        with self._lora_for(features):
+        with self._lora_for(features, input_ids):
             output = super().generate(ids, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         copies = len(sequences) // len(input_ids)
@@ -1248,24 +1295,29 @@ def name_in_errors(model_id) -> Iterator[None]:
         raise OSError(f"{model_id} could not be loaded: {error}") from error
 
 
-def _commit(model_id: str, revision: str | None) -> str | None:
+def _commit(model_id: str, revision: str | None, **hub_kwargs) -> str | None:
     """The commit that a branch or tag of a backbone on the Hub points to; `None` for a folder."""
     with name_in_errors(model_id):
-        return extract_commit_hash(cached_file(resolve_backbone(model_id), "config.json", revision=revision), None)
+        file = cached_file(resolve_backbone(model_id), "config.json", revision=revision, **hub_kwargs)
+        return extract_commit_hash(file, None)
 
 
-def _load_audio_tower(model_id: str, **options) -> tuple[PreTrainedModel, PreTrainedConfig]:
-    options = {name: value for name, value in options.items() if value is not None}
+def _load_backbones(
+    model_ids: tuple[str, str], revisions: tuple[str | None, str | None], options: dict
+) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedConfig]:
+    """The audio encoder, the LLM, and the config of the whole that the encoder comes from."""
+    options = {name: value for name, value in options.items() if value is not None} | {"use_safetensors": True}
+    (audio_model_id, text_model_id), (audio_revision, text_revision) = model_ids, revisions
+    with name_in_errors(text_model_id):
+        source = resolve_backbone(text_model_id)
+        language_model = AutoModelForCausalLM.from_pretrained(source, revision=text_revision, **options)
     options.pop("quantization_config", None)  # the encoder is small and its features are what the adapters know
-    with name_in_errors(model_id):
-        model = AutoModel.from_pretrained(resolve_backbone(model_id), use_safetensors=True, **options)
-    return (model.get_encoder() if model.config.is_encoder_decoder else model), model.config
-
-
-def _load_language_model(model_id: str, **options) -> PreTrainedModel:
-    options = {name: value for name, value in options.items() if value is not None}
-    with name_in_errors(model_id):
-        return AutoModelForCausalLM.from_pretrained(resolve_backbone(model_id), use_safetensors=True, **options)
+    place = language_model.get_input_embeddings().weight.device
+    if isinstance(options.get("device_map"), str) and place.type != "meta":
+        options["device_map"] = {"": place}  # not spread by itself: its layers are called one by one
+    with name_in_errors(audio_model_id):
+        model = AutoModel.from_pretrained(resolve_backbone(audio_model_id), revision=audio_revision, **options)
+    return (model.get_encoder() if model.config.is_encoder_decoder else model), language_model, model.config
 
 
 def _refuse_wrong_keys(name: str, info: dict) -> None:

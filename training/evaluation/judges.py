@@ -64,7 +64,8 @@ class LocalJudge:
 class RemoteJudge:
     """An OpenAI-style endpoint (vLLM, llama.cpp, `transformers serve`, a provider): `http://host:port/v1#model`.
 
-    The key is $OPENAI_API_KEY. Time-outs, 429 and 5xx are tried again with growing pauses; then the answer is `None`.
+    The key is $OPENAI_API_KEY. Time-outs, 429 and 5xx are tried again with growing pauses; then the answer is `None`. If
+    nobody has answered anything by then, not even with an error, it is a `ConnectionError`.
 
     Args:
         patience: seconds that the first pause takes.
@@ -80,12 +81,14 @@ class RemoteJudge:
             raise ValueError(f"{url}: name the model behind a #, for example http://localhost:8000/v1#my-model.")
         self.name, self.model = url, model
         self.attempts, self.patience = attempts, patience
+        self.reached = False
         self.client = InferenceClient(base_url=base, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=timeout)
 
     def complete(self, prompts: list[str], seed: int) -> list[str | None]:
         return [self._ask(prompt, seed) for prompt in prompts]
 
     def _ask(self, prompt: str, seed: int) -> str | None:
+        failure = None
         for attempt in range(self.attempts):
             if attempt:
                 time.sleep(self.patience * 2 ** (attempt - 1))
@@ -97,12 +100,16 @@ class RemoteJudge:
                     temperature=0.7 if seed else 0.0,
                     seed=seed,
                 )
+                self.reached = True
                 return answer.choices[0].message.content or ""
             except Exception as error:
                 status = getattr(getattr(error, "response", None), "status_code", None)
                 if status is not None and status < 500 and status not in (408, 409, 429):
                     raise ValueError(f"the judge {self.name} refuses with status {status}: {error}") from error
                 # Time-outs, broken connections, 429, 5xx and answers that are no JSON: again, a little later.
+                self.reached, failure = self.reached or status is not None, error
+        if not self.reached:
+            raise ConnectionError(f"the judge {self.name} cannot be reached: {failure}")
         return None
 
 
