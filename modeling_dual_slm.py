@@ -594,11 +594,10 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 adapter.to(device)
         places = getattr(language_model, "hf_device_map", None)
         if places and not {"cpu", "disk"} & {str(place) for place in places.values()}:
-            # So that pipeline and Trainer leave everything where it is.
+            # So that pipeline and Trainer leave everything where it is. Ours is with the LLM's embeddings, its first part.
+            ours, first = ("audio_tower", "paralinguistic_adapter", "linguistic_adapter"), next(iter(places.values()))
             self.hf_device_map = {f"language_model.{name}".rstrip("."): place for name, place in places.items()}
-            self.hf_device_map |= dict.fromkeys(
-                ("audio_tower", "paralinguistic_adapter", "linguistic_adapter"), device
-            )
+            self.hf_device_map |= dict.fromkeys(ours, first)
         self._add_lora()
 
     def frozen_keys(self) -> list[str]:

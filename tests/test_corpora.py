@@ -19,10 +19,12 @@ import pytest
 import soundfile
 
 from conftest import tone
+from dual_slm.training.cli import main
 from dual_slm.training.corpora import CORPORA, reader
 from dual_slm.training.corpora.folder import read_folder
 from dual_slm.training.corpora.schema import Report, check_rows, make_row, read_table, share, split_by, write_table
 from dual_slm.training.corpora.textrolspeech import speaker_of
+from dual_slm.training.stats import leaks
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real metadata is not at {DATA}")
@@ -662,3 +664,63 @@ def test_shares_are_even_and_splits_near_five_percent():
     found = collections.Counter(map(split_by, names))
     assert found["validation"] == pytest.approx(500, abs=88) and found["test"] == pytest.approx(500, abs=88)
     assert np.mean([split_by(name) == split_by(name, seed=1) for name in names]) < 0.85  # by chance 0.815
+
+
+def test_two_tables_may_not_hold_the_same_row(tmp_path):
+    """Replies, labels and splits are kept by corpus and id: two clips of one name would get each other's."""
+    for name in "ab":
+        write_table([line(1, audio=f"{name}.wav")], tmp_path / f"{name}.parquet")
+    write_table([line(1) | {"corpus": "other"}], tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match=r"1 rows are in two tables, .*a\.parquet and .*b\.parquet, the first is '1'"):
+        read_table(tmp_path / "a.parquet", tmp_path / "b.parquet")
+    assert len(read_table(tmp_path / "a.parquet", tmp_path / "c.parquet")) == 2
+
+
+def test_a_folder_is_read_from_within_and_its_table_used_from_anywhere(tmp_path, monkeypatch):
+    corpus = tmp_path / "mine"
+    corpus.mkdir()
+    sound(corpus / "a.wav")
+    (corpus / "metadata.jsonl").write_text('{"file": "a.wav", "text": "the fox"}\n')
+    monkeypatch.chdir(corpus)
+    assert main(["corpus", "read", "folder", "--root", ".", "--out", str(tmp_path / "t.parquet")]) == 0
+    monkeypatch.chdir(tmp_path)
+    (found,) = read_table(tmp_path / "t.parquet")
+    assert (found["corpus"], found["id"]) == ("mine", "mine/a.wav")
+    assert Path(found["audio"]) == corpus / "a.wav"
+
+
+def test_what_was_wrong_is_told_where_nothing_is_left(tmp_path, capsys):
+    (tmp_path / "a.m4a").write_bytes(b"\0\0\0 ftypM4A " * 20)
+    (tmp_path / "metadata.jsonl").write_text('{"file": "a.m4a", "text": "the fox"}\n')
+    assert main(["corpus", "read", "folder", "--root", str(tmp_path), "--out", str(tmp_path / "t.parquet")]) == 1
+    assert "no row is left. 1 x damaged audio" in capsys.readouterr().err
+
+
+def test_a_person_in_two_corpora_has_one_name(tmp_path):
+    """CREMA-D's actors and LibriSpeech's readers (as LibriTTS) are in TextrolSpeech too: a leak between them is found."""
+    cremad(tmp_path / "cremad")
+    librispeech(tmp_path / "librispeech")
+    items = ("1001_IEO_HAP_LO", "19_198_000059_000002")
+    rows = [
+        (n, f"{item}.wav", item, "F", "low", "low", "low", "nan", "Slow.", "Words.") for n, item in enumerate(items)
+    ]
+    table(tmp_path / "textrolspeech" / "new.csv", TEXTROL, *rows)
+    found = {
+        name: read(name, tmp_path / name, keep_text=True)[0] for name in ("cremad", "librispeech", "textrolspeech")
+    }
+    again = [row | {"split": "test"} for row in found.pop("textrolspeech").values()]
+    others = [row | {"split": "train"} for rows in found.values() for row in rows.values()]
+    (leak,) = leaks(others + again)[0]
+    assert leak == "2 x speaker in several splits, such as 'cremad_1001' in train and test"
+
+
+@needs_data
+def test_the_released_tables_share_no_speaker_between_splits():
+    from dual_slm.training.released import FOLDERS, recorded
+
+    tables = recorded(DATA, list(FOLDERS))
+    rows = [row for rows in tables.values() for row in rows]
+    assert leaks(rows)[0] == []
+    assert len({(row["corpus"], row["id"]) for row in rows}) == len(rows) > 3_000
+    heldout = {row["speaker"] for row in tables["librispeech_subset"] if row["split"] == "test"}
+    assert len(heldout) == 27

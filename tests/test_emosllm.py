@@ -91,7 +91,7 @@ def test_the_voice_and_the_words_both_count_and_the_words_are_text(small):
         processor.apply_chat_template(chat(linguistic="speech"), tokenize=True)
 
 
-def test_lora_off_is_the_bare_llm_bit_for_bit(small, tiny_backbones):
+def test_lora_off_is_the_bare_llm_bit_for_bit(small, tiny_backbones, tmp_path):
     model, processor = small
     bare = AutoModelForCausalLM.from_pretrained(tiny_backbones[1])
     inputs = processor.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=True, return_dict=True)
@@ -104,6 +104,11 @@ def test_lora_off_is_the_bare_llm_bit_for_bit(small, tiny_backbones):
         try:
             assert torch.equal(model(**inputs).logits, wanted)
             spoken = logits(model, processor, chat())
+            both = [chat(), [{"role": "user", "content": "hello"}]]  # one LLM for both would be wrong for one
+            with pytest.raises(ValueError, match="rows with and rows without audio"):
+                logits(model, processor, both)
+            with pytest.raises(ValueError, match="cannot be merged"):
+                model.merge_lora(tmp_path)
             generated = model.generate(**inputs, max_new_tokens=5, do_sample=False)
             assert torch.equal(generated, bare.generate(**inputs, max_new_tokens=5, do_sample=False))
         finally:

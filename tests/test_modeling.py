@@ -1,12 +1,14 @@
 """The promises of the model: batches equal single runs, the LLM stays itself, the cache of a conversation is exact."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from conftest import make_model, tone
-from dual_slm import DualSLMConversation
+from dual_slm import DualSLMConversation, DualSLMForConditionalGeneration
 from dual_slm.modeling_dual_slm import masked_adaptive_average
 
 
@@ -277,3 +279,108 @@ def test_streaming_yields_the_same_text_piece_by_piece(warm):
     conversation = DualSLMConversation(model, processor, max_new_tokens=12)
     pieces = list(conversation.stream(audio=tone(1.0, 1), text="the fox"))
     assert "".join(pieces).strip() == said == conversation.current_turn["reply"]
+
+
+def test_who_stops_reading_stops_the_reply_and_the_conversation_goes_on(warm):
+    """Barge-in: the thread ends before anything else touches the cache, and the history holds what was written."""
+    model, processor = warm
+    options = {"max_new_tokens": 200, "eos_token_id": None}
+    conversation = DualSLMConversation(model, processor, **options)
+    for _ in conversation.stream(audio=tone(1.0, 1)):
+        break
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+    cut = len(conversation._cached)
+    assert cut < 200
+    inputs = {"text": "the lazy dog", "max_new_tokens": 6}
+    told = conversation.say(**inputs)["reply"]
+    fresh = DualSLMConversation(model, processor, **options)
+    fresh.messages, fresh._features = conversation.messages[:2], conversation._features[:1]
+    assert fresh.say(**inputs)["reply"] == told
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_turn_that_fails_amid_the_layers_leaves_no_trace(tiny_backbones, beams):
+    """An interrupt in the last layer of a later turn; then the same turn again, as without a cache, with beams too."""
+    model, processor = make_model(tiny_backbones, kind="warm")
+    options = {"max_new_tokens": 7, "num_beams": beams, "eos_token_id": None}
+    conversation = DualSLMConversation(model, processor, **options)
+    first = conversation.say(audio=tone(1.5, 1))["reply"]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.language_model.model.layers[-1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        conversation.say(text="and the lazy dog")
+    handle.remove()
+    messages = [spoken(1.5, 1), typed(first, "assistant"), typed("and the lazy dog")]
+    for text in ("and the lazy dog", "hello"):
+        inputs = prepare(processor, messages)
+        whole = model.generate(**inputs, do_sample=False, **options)
+        reply = processor.decode(whole[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert conversation.say(text=text)["reply"] == reply
+        messages += [typed(reply, "assistant"), typed("hello")]
+
+
+def test_placeholders_without_audio_are_refused(tiny):
+    model, processor = tiny
+    inputs = prepare(processor, [spoken(0.7, 1)])
+    for call in (model.generate, model):
+        with pytest.raises(ValueError, match="paralinguistic placeholders, its audio needs 0"):
+            call(input_ids=inputs["input_ids"])
+
+
+def test_soft_tokens_have_the_scale_of_the_llms_own_embeddings(tiny_backbones, tmp_path):
+    """Gemma's embedding layer multiplies what it looks up."""
+    from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_backbones[1])
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, pad_token_id=0)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = make_model((tiny_backbones[0], str(tmp_path)), kind="warm")
+    soft, embedding = model.linguistic_adapter.soft_tokens, model.get_input_embeddings()
+    torch.testing.assert_close(soft.rows(embedding), embedding(soft.token_ids))
+
+
+def test_a_model_that_is_cast_as_a_whole_still_hears(tiny_backbones):
+    model, processor = make_model(tiny_backbones, kind="warm")
+    inputs = prepare(processor, [spoken(1.0, 1)])
+    heard = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    wanted = processor.decode_audio(model.get_audio_features(**heard))
+    found = processor.decode_audio(model.to(torch.bfloat16).get_audio_features(**heard))
+    for name, labels in wanted[0]["attributes"].items():
+        assert found[0]["attributes"][name] == pytest.approx(labels, abs=0.05)
+
+
+def test_options_of_loading_reach_the_backbones(tiny_backbones, tmp_path):
+    """Through the auto classes too, and what is no option is refused: it would be written into every checkpoint."""
+    audio, text = tiny_backbones
+    model, _ = make_model(tiny_backbones)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForMultimodalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", torch_dtype=torch.bfloat16
+    )
+    assert loaded.language_model.config._attn_implementation == "eager"
+    assert loaded.audio_tower.config._attn_implementation == "eager"
+    assert loaded.language_model.dtype == torch.bfloat16
+    assert loaded.paralinguistic_adapter.output.weight.dtype == torch.float32
+    made = DualSLMForConditionalGeneration.from_backbones(
+        audio, text, attn_implementation="eager", token="hf_secret", cache_dir=str(tmp_path / "cache")
+    )
+    assert made.language_model.config._attn_implementation == "eager"
+    made.save_pretrained(tmp_path / "made")
+    assert not {"token", "cache_dir"} & json.loads((tmp_path / "made" / "config.json").read_text()).keys()
+    with pytest.raises(TypeError, match="num_paralingustic_tokens is no field of DualSLMConfig"):
+        DualSLMForConditionalGeneration.from_backbones(audio, text, num_paralingustic_tokens=32)
+
+
+def test_a_device_map_is_told_to_pipelines_and_trainers(tiny_backbones):
+    """Both look for it on the model that they are given, and move one without it. As accelerate leaves it on an LLM."""
+    model, _ = make_model(tiny_backbones)
+    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "lm_head": 1}
+    model.language_model.hf_device_map = places
+    model.attach_backbones(model.audio_tower, model.language_model)
+    ours = dict.fromkeys(("audio_tower", "paralinguistic_adapter", "linguistic_adapter"), 0)
+    assert model.hf_device_map == ours | {f"language_model.{name}": place for name, place in places.items()}

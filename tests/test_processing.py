@@ -251,3 +251,16 @@ def test_labels_must_fit_the_template(warm):
     _, processor = warm
     with pytest.raises(ValueError, match="the template has the fields"):
         CaptionSlots(processor.tokenizer, "({gender})", {"age": ["old"]})
+
+
+def test_a_rate_beside_a_chat_is_that_of_its_arrays(tiny):
+    """As in transformers' own processors; an 8 kHz array that is taken for 16 kHz is an octave too high."""
+    _, processor = tiny
+    low = tone(1.0)[::2]
+    chat = [{"role": "user", "content": [{"type": "audio", "audio": low}]}]
+    wanted = prompt(processor, [{"role": "user", "content": [{"type": "audio", "audio": (low, 8_000)}]}])
+    for options in ({"sampling_rate": 8_000}, {"processor_kwargs": {"sampling_rate": 8_000}}):
+        found = prompt(processor, chat, **options)
+        assert torch.equal(found["input_features"], wanted["input_features"])
+    with pytest.raises(ValueError, match="is not cut"):
+        prompt(processor, chat, truncation=True, max_length=10)

@@ -26,13 +26,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedMo
 from conftest import LABELS, make_model, tone
 from dual_slm import DualSLMForConditionalGeneration
 from dual_slm.training.alignment import score_targets
-from dual_slm.training.collator import DualSLMCollator, TrainingCollator
+from dual_slm.training.cli import main
+from dual_slm.training.collator import DualSLMCollator, Item, TrainingCollator
 from dual_slm.training.corpora.schema import make_row, read_table, write_table
 from dual_slm.training.err import Sources, draw_sources
-from dual_slm.training.features import FeatureStore
+from dual_slm.training.features import FeatureStore, augmented
 from dual_slm.training.recipe import RECIPES, StageRecipe, load_recipe
 from dual_slm.training.run import load_data, run, take_linguistic, warm_start
 from dual_slm.training.run import make_model as training_model
+from dual_slm.training.tasks import label_sets
 from dual_slm.training.trainer import (
     BucketSampler,
     DualSLMTrainer,
@@ -41,6 +43,7 @@ from dual_slm.training.trainer import (
     checkpoint_activations,
     last_checkpoint,
 )
+from dual_slm.training.warm_start import Speller
 
 # ---- ERR -------------------------------------------------------------------------------------------------------------
 
@@ -223,6 +226,19 @@ def test_a_killed_run_resumes_to_the_same_bits(finished, tiny_backbones, tmp_pat
     assert result.returncode == 0, result.stderr[-2000:]
     expected, found = (load_file(f / "model.safetensors") for f in (final, tmp_path / "run" / "final"))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_run_does_not_go_on_with_other_data(finished, tmp_path):
+    """A table that was labelled anew between a kill and --resume: half of a run would be of one, half of the other."""
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    table = tmp_path / "copy" / "t.parquet"
+    recipe = load_recipe(str(folder / "recipe.yaml"), [f"data.tables=[{table}]"])
+    (tmp_path / "copy/run/recipe.yaml").write_text(recipe.to_yaml())
+    run(recipe, tmp_path / "copy/run", resume=True)  # the same rows: nothing is left to do
+    write_table([row | {"emotion": "happy"} for row in read_table(table)], table)
+    with pytest.raises(ValueError, match=r"the tables are not those that .*environment\.json tells of"):
+        run(recipe, tmp_path / "copy/run", resume=True)
 
 
 def test_a_run_is_not_written_over_nor_gone_on_with_by_another_recipe(finished):
@@ -504,6 +520,62 @@ def test_a_stage_repeats_the_rows_of_a_rare_corpus(bench):
     assert all(counts[row["id"]] == 1 for row in rows) and all(counts[row["id"]] == 3 for row in rare)
 
 
+def test_the_llm_answers_only_what_it_has_not_answered(tiny_backbones, tmp_path):
+    """A reply that `dual-slm align` made stays, test rows are left alone, and rows of two corpora that have the same id get
+    their own replies; a row keeps everything else."""
+    recipe = load_recipe(str(world(tmp_path, tiny_backbones)))
+    (table,) = recipe.data.tables
+    rows = list(read_table(table))
+    open_row = {"corpus": "open", "response": None, "response_complete": None}
+    others = [row | open_row | {"transcript": f"the fox number {row['id']}"} for row in rows]
+    test = [row | open_row | {"corpus": "test", "split": "test"} for row in rows]
+    write_table([*others, *test], tmp_path / "open.parquet")
+    recipe.data.tables, recipe.data.align_responses = [table, str(tmp_path / "open.parquet")], True
+    recipe.data.alignment = {"max_new_tokens": 6}
+    model, _ = training_model(recipe)
+    data = load_data(recipe, tmp_path / "run", model.config)
+    found = {(row["corpus"], row["id"]): row for row in data.train + data.validation}
+    assert len(found) == 2 * len(rows)
+    for row, other in zip(rows, others, strict=True):
+        assert found["c", row["id"]] == row
+        answered = found["open", row["id"]]
+        given = ("system", "response", "response_complete")
+        assert {k: v for k, v in answered.items() if k not in given} == {
+            k: v for k, v in other.items() if k not in given
+        }
+    answers = {row["response"] for (corpus, _), row in found.items() if corpus == "open"}
+    assert len(answers - {"hello to the fox", None}) > 2
+    assert {row["corpus"] for row in read_table(tmp_path / "run" / "responses.parquet")} == {"open"}
+
+
+def test_a_row_whose_words_are_not_known_teaches_no_silence(bench):
+    """The CTC share of a stage: a transcript that is null, or has figures, is not one that says nothing."""
+    _, processor, store, rows = bench
+    speller = Speller(processor.tokenizer, {"the": 2, "lazy": 1, "dog": 1}, 60)
+    collator = TrainingCollator(processor, store, speller)
+    said = ("the lazy dog", None, "in 1984", "(no speech)", "das schöne haus")
+    items = []
+    for row, text in zip(rows, said, strict=False):
+        sample = StageDataset([row], stage(), seed=1).item(row, "asr").sample
+        items.append(Item(sample, row | {"transcript": text}, Sources("speech", "speech", True, True)))
+    assert collator(items)["ctc_known"].tolist() == [True, False, False, True, False]
+
+
+def test_augmented_copies_that_share_a_clip_are_drawn_apart(bench):
+    """The speed of a copy is drawn by its row, and so are its pitch and tempo: two rows of one clip need two features."""
+    _, _, store, rows = bench
+    one, two = (augmented(rows[0] | {"id": name}, 1) for name in "ab")
+    assert store.key(one) != store.key(two)
+    assert store.key(rows[0] | {"id": "a"}) == store.key(rows[0] | {"id": "b"})
+
+
+def test_the_labels_that_a_prompt_offers_are_those_of_all_speakers(bench):
+    *_, rows = bench
+    women = [row for row in rows if row["gender"] == "female"]
+    asked = StageDataset(women, stage(tasks={"gender": 1}), seed=1, choices=label_sets(rows)).item(women[0], "gender")
+    assert sorted(asked.sample.choices) == ["female", "male"]
+
+
 def test_a_clip_that_lends_its_voice_teaches_no_words(tiny_backbones, tmp_path, monkeypatch):
     """`voice_only` rows: their words are others, so they are text in every stage, and no target of CTC or ASR. The flag
     survives the tables, and the alignment that a recipe asks for."""
@@ -753,6 +825,14 @@ def test_every_recipe_of_the_package_is_sound():
         (["stages.0.best_by=accuracy_asr"], "best_by is 'accuracy_asr'; it must be one of loss, wer, accuracy_gender"),
         (["data.synthesise_hours=0"], "data.tables is empty"),
         (["stages.0.tasks.asrr=1"], "no task 'asrr'; did you mean 'asr'"),
+        (
+            ["model.config.num_paralingustic_tokens=4"],
+            "no 'num_paralingustic_tokens'; did you mean 'num_paralinguistic_tokens'",
+        ),
+        (["train.save_steps=4"], "save_steps 4 is not train.eval_steps 16"),
+        (["stages.0.lr_scheduler_type=cosin"], "lr_scheduler_type is 'cosin'; it must be one of linear, cosine"),
+        (["stages.0.facts=[gendr]"], "no 'gendr'; did you mean 'gender'"),
+        (["model.adapters=emosllm"], "emosllm hears no words: linguistic_source is transcript or none"),
         (["train.shard_llm=true", "model.load_in_4bit=true"], "shard_llm is for an LLM without LoRA in 16 or 32 bits"),
         (["batch"], "it is KEY=VALUE"),
     ],
@@ -769,6 +849,13 @@ def test_settings_change_a_recipe():
     assert recipe.data.tables == ["a.parquet"]
     with pytest.raises(FileNotFoundError, match="did you mean 'speedrun'"):
         load_recipe("speedrum")
+
+
+def test_settings_that_are_given_one_by_one_all_count(capsys, tmp_path):
+    settings = ["--set", "train.seed=5", "--set", "data.tables=[]", "train.batch_size=3"]
+    command = ["train", "--recipe", "speedrun", "--output", str(tmp_path), "--dry-run"]
+    assert main([*command, *settings]) == 0
+    assert "16 steps of 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
