@@ -99,6 +99,12 @@ def test_the_real_whisper_hears_the_demo_clip(name):
         assert word in heard
 
 
+def test_whisper_hears_what_comes_after_thirty_seconds():
+    audio, rate = soundfile.read(DEMO_CLIP, dtype="float32")
+    late = np.concatenate([audio, np.zeros(31 * rate - len(audio), np.float32), audio])
+    assert transcriber(fetch_backbone("whisper-tiny.en"))(late).lower().count("news of the day") == 2
+
+
 def test_the_real_llm_repeats_and_its_tokenizer_keeps_its_ids():
     folder = fetch_backbone("smollm2-135m-instruct")
     tokenizer = AutoTokenizer.from_pretrained(folder)

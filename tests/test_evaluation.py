@@ -768,6 +768,14 @@ def test_a_refusal_is_told_at_once(faulty, tmp_path):
         judges.load_judge("http://localhost:8000/v1")
 
 
+def test_a_judge_that_nobody_runs_stops_the_evaluation_at_once(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    judge = judges.RemoteJudge(f"http://127.0.0.1:{port}/v1#m", attempts=2, patience=0.01)
+    with pytest.raises(ConnectionError, match=rf"the judge http://127.0.0.1:{port}/v1#m cannot be reached"):
+        judges.judge(judge, *talks(2), Journal(tmp_path / "j"))
+
+
 @pytest.fixture(scope="module")
 def served():
     """Address of `transformers serve`, a real OpenAI-style server, with a real LLM."""

@@ -390,8 +390,11 @@ def test_positions_of_speech_cover_a_range(paper):
     not (shutil.which("flite") and shutil.which("espeak-ng")), reason="flite and espeak-ng are not installed"
 )
 def test_a_built_corpus_is_a_function_of_its_seed(tmp_path):
-    """All engines of the default, one process or two, whole or resumed: the same bytes."""
+    """All engines of the default, one process or two, whole or resumed: the same bytes. A voice speaks rows of its own split
+    alone, and what is there is not taken for what is asked for."""
+    splits = ("train", "train", "train", "train", "validation", "test")
     texts = [row(str(n), transcript=f"this is sentence number {n}", tempo=("slow", "fast")[n % 2]) for n in range(40)]
+    texts = [text | {"split": splits[n % 6]} for n, text in enumerate(texts)]
     folders = [build(texts, tmp_path / name, seed=5, processes=n).parent for name, n in (("one", 1), ("two", 2))]
     files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
     assert len(files) == 40 + 2 + 1  # clips, blocks, metadata
@@ -399,6 +402,7 @@ def test_a_built_corpus_is_a_function_of_its_seed(tmp_path):
     records = [json.loads(line) for line in (folders[0] / "metadata.jsonl").read_text().splitlines()]
     assert {"piper", "flite", "espeak-ng", "hibari"} == {r["speaker"].split("/")[0] for r in records}
     assert all(r["history"] == HISTORY for r in records)
+    assert [r["split"] for r in records] == [text["split"] for text in texts]
     seconds = {t: np.mean([r["duration"] for n, r in enumerate(records) if n % 2 == t]) for t in (0, 1)}
     assert seconds[0] > 1.2 * seconds[1]
     voices = {}
@@ -409,6 +413,27 @@ def test_a_built_corpus_is_a_function_of_its_seed(tmp_path):
         path.unlink()
     build(texts, folders[1], seed=5, processes=1)
     assert all((folders[0] / f).read_bytes() == (folders[1] / f).read_bytes() for f in files)
+    for other in ({"seed": 6}, {"seed": 5, "engines": ("piper", "flite", "espeak-ng")}):
+        with pytest.raises(ValueError, match="holds clips of another seed, other texts or engines"):
+            build(texts, folders[1], processes=1, **other)
+    with pytest.raises(
+        ValueError, match="12 rows are of a split that no voice of hibari is for, the first is of 'validation'"
+    ):
+        build(texts, tmp_path / "none", engines=("hibari",))
+
+
+def test_a_text_that_cannot_be_spoken_is_left_out(tmp_path):
+    texts = [row(str(n), transcript=text) for n, text in enumerate(("...", "the lazy dog says hello"))]
+    folder = build(texts, tmp_path / "c", processes=1, engines=("piper",)).parent
+    (record,) = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert record["text"] == "the lazy dog says hello"
+
+
+def test_a_journal_gives_back_any_text(tmp_path):
+    """Characters that Python takes for ends of lines, as they are in scraped text and in replies."""
+    written = {"a\u2028b": "one\u0085two\u2029three\x0bfour", "next": ["\n"]}
+    Journal(tmp_path / "j").add(written)
+    assert Journal(tmp_path / "j").values == written
 
 
 def test_kokoro_speaks_the_words_in_two_genders(tmp_path):

@@ -260,6 +260,28 @@ def test_half_a_checkpoint_does_not_count(tmp_path):
     assert last_checkpoint(tmp_path / "none") is None
 
 
+def test_four_processes_evaluate_what_one_does(tiny_backbones, tmp_path):
+    """As many rows in a batch as there are processes: each sees its part of every clip once."""
+    (tmp_path / "data").mkdir()
+    settings = ["stages.0.max_steps=2", "warm_start.enabled=false", "data.validation_rows=4", "stages.0.ctc_share=0"]
+    recipe = world(tmp_path / "data", tiny_backbones)
+    values = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump(values | {"stages": values["stages"][:1]}))
+    environment, logs = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, []
+    for processes in (1, 4):
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone"] if processes == 4 else []
+        command = [sys.executable, *launch, "-m", "dual_slm.training.cli", "train", "--recipe", str(recipe)]
+        output = tmp_path / str(processes)
+        result = subprocess.run(
+            [*command, "--output", str(output), "--set", *settings], capture_output=True, text=True, env=environment
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        log = json.loads((output / "stage-1-joint/log.json").read_text())
+        logs.append(next(entry for entry in log if "eval_loss" in entry))
+    for name in ("eval_loss", "eval_loss_asr", "eval_loss_emotion", "eval_wer"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4)
+
+
 @pytest.mark.parametrize("settings", [[], ["train.shard_llm=true"]], ids=["whole", "sharded"])
 def test_two_processes_do_what_one_does(tiny_backbones, tmp_path, settings):
     """A real run of two processes over gloo, the same global batches: the same adapters within float tolerance, also where
