@@ -1137,6 +1137,8 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _forward_targets(self, input_ids, attention_mask, audio_features, labels) -> DualSLMTargetOutput:
         _, embeds, mask, packed = self.pack_prompt(input_ids, attention_mask, audio_features, labels)
+        if not self.prefix_apart and torch.is_grad_enabled() and not embeds.requires_grad:
+            embeds.requires_grad_()  # nothing is heard in it; but other processes go backward and wait for this one's layers
         keep = packed.shape[1] - int((packed != -100).any(0).nonzero().min())  # from the first target on
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         prefix, cache = self._constant_prefix(input_ids, attention_mask, mask, keep), None

@@ -331,7 +331,9 @@ def test_textrolspeech_keeps_a_speaker_of_both_kinds_of_csv_in_one_split(tmp_pat
     old = [(f"CREMA-D-AudioWAV-{i}", *new[0][4:7], "M", "fear", f"CREMA-D-{n}", "Words.", "Slow.") for n, i in items]
     table(tmp_path / "new.csv", TEXTROL, *new)
     table(tmp_path / "old.csv", VCCM, *old)
-    rows, _ = read("textrolspeech", tmp_path, keep_text=True)
+    table(tmp_path / "notes.csv", "day,done", ("monday", "nothing"))
+    rows, report = read("textrolspeech", tmp_path, keep_text=True)
+    assert report["csv that is no table of captions, left out"] == 1
     assert len(rows) == 80
     for _, item in items:
         assert rows[item]["split"] == rows[f"CREMA-D-AudioWAV-{item}"]["split"]

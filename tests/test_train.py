@@ -307,12 +307,13 @@ def test_two_processes_do_what_one_does(tiny_backbones, tmp_path, settings):
         torch.testing.assert_close(one[name], two[name], rtol=2e-3, atol=2e-4)
 
 
-def test_two_processes_resume_to_the_same_bits_in_a_later_epoch(tiny_backbones, tmp_path):
+@pytest.mark.parametrize("shard_llm", [False, True], ids=["whole", "sharded"])
+def test_two_processes_resume_to_the_same_bits_in_a_later_epoch(tiny_backbones, tmp_path, shard_llm):
     """Both are killed in the second pass over the data; what follows must be its batches, not the first pass's again."""
     recipe = world(tmp_path, tiny_backbones, warm_start={"enabled": False})
     values = yaml.safe_load(recipe.read_text())
     values["stages"] = [values["stages"][1] | {"max_steps": 8}]
-    values["train"] |= {"eval_steps": 5, "save_steps": 5}
+    values["train"] |= {"eval_steps": 5, "save_steps": 5, "shard_llm": shard_llm}
     recipe.write_text(yaml.safe_dump(values))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -425,7 +426,7 @@ def test_the_teacher_is_the_frozen_llm_on_the_text_twin(bench):
         judge = SimpleNamespace(stage=stage(objective="kl"))
         loss = DualSLMTrainer._with_teacher(judge, token_loss, log_probs, ids, teacher)
         taught = torch.isfinite(teacher[:, 0])
-        assert taught.sum() == sum(len(ids) for ids, _ in scores.values())
+        assert taught.sum() == sum(len(ids) for ids, _ in scores)
         assert torch.equal(loss[~taught], token_loss[~taught])  # the ASR row has no teacher
         assert (loss[taught].abs().max() < 1e-4) == equal
 
@@ -735,6 +736,7 @@ def test_an_llm_in_4_bits_teaches_the_adapters(tiny_backbones, tmp_path):
     config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})  # its CPU kernel wants whole blocks
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     settings = ["model.load_in_4bit=true", "model.dtype=bfloat16", "stages.0.max_steps=2", "train.eval_steps=1"]
+    settings += ["train.save_steps=1"]
     recipe = load_recipe(str(world(tmp_path, (audio, str(tmp_path / "llama")))), settings)
     recipe.stages = recipe.stages[:1]
     model, _ = training_model(recipe)
@@ -764,7 +766,7 @@ def test_bfloat16_is_used_where_the_cpu_is_fast_in_it(fast, tiny_backbones, tmp_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for module in ("features", "warm_start"):
         monkeypatch.setattr(f"dual_slm.training.{module}.cpu_has_bfloat16", lambda: fast)
-    settings = ["model.dtype=bfloat16", "train.bf16=true", "stages.0.max_steps=1", "train.save_steps=1"]
+    settings = ["model.dtype=bfloat16", "train.bf16=true", "stages.0.max_steps=1"]
     recipe = load_recipe(str(world(tmp_path, tiny_backbones)), settings)
     recipe.stages = recipe.stages[:1]
     run(recipe, tmp_path / "run")

@@ -457,7 +457,8 @@ def shard_llm(model) -> None:
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (processes,))
     layers = model.get_decoder().layers
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
+        # Each is a root of its own, whose default keeps it whole from the first forward pass to the end of the backward one.
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     kept = sum(parameter.to_local().nbytes for parameter in layers.parameters())
     whole = sum(parameter.nbytes for parameter in layers.parameters())
     if torch.distributed.get_rank() == 0:

@@ -55,8 +55,13 @@ def read(root: Path, report: Report, seed: int = 0) -> Iterator[dict]:
     files = {f.stem: f for f in root.rglob("*") if f.suffix.lower() in _AUDIO}
     records = []
     for table in tables:
-        columns = next(iter(read_csv(table, ("item_name",))), {})
+        columns = next(iter(read_csv(table, ())), {})
+        if not {"item_name", "style_prompt"} & columns.keys():
+            report.add("csv that is no table of captions, left out", str(table))
+            continue
         records += [(table, record) for record in read_csv(table, _VCCM if "spk" in columns else _NEW)]
+    if not records:
+        raise FileNotFoundError(f"{root} holds no csv with captions (item_name, style_prompt ...).")
     speakers = {}
     for _, record in records:
         item = record["item_name"]
