@@ -584,5 +584,5 @@ def test_an_unreachable_hub_is_named_with_what_it_should_have_given(folder, push
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"  # bound, never listening: connections are refused
         got = in_fresh_process(_client_unreachable, folder, url, package=True, adapters_folder=str(folder / "again"))
     # Through the Auto class transformers itself gives up, at the config, and names the Hub alone.
-    for name, part in (("auto", url), ("repo", REPOS["warm"]), ("folder", BACKBONES[0]), ("new", BACKBONES[0])):
+    for name, part in (("auto", url), ("repo", REPOS["warm"]), ("folder", BACKBONES[1]), ("new", BACKBONES[0])):
         assert got[name].startswith("OSError") and part in got[name], (name, got[name])
