@@ -1,6 +1,7 @@
 """EmoSLLM: QPMapper, encoders of waveforms, LoRA, the words as text."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -154,7 +155,9 @@ assert torch.equal(found, torch.load({str(tmp_path / "wanted.pt")!r}))
 
     def fresh(names: list[str]):
         code = script.format(names=names)
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+        threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums are in the same order
+        options = {"capture_output": True, "text": True, "timeout": 300, "check": False, "env": threads}
+        return subprocess.run([sys.executable, "-c", code], **options)
 
     good = fresh([])
     assert good.returncode == 0, good.stderr[-2000:]
