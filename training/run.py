@@ -179,7 +179,8 @@ def load_data(recipe: Recipe, folder: Path, config, device: torch.device | str =
     used = (row for row in read_table(*tables) if row["split"] in ("train", "validation"))
     rows = _with_audio(used, about)
     starts = recipe.warm_start.enabled and recipe.warm_start.tables
-    words = _with_audio(read_table(*recipe.warm_start.tables), about) if starts else []
+    words = (row for row in read_table(*recipe.warm_start.tables) if row["split"] == "train") if starts else ()
+    words = _with_audio(words, about)
     if about.histories:
         rows = list(lend_histories(rows, read_table(*about.histories), recipe.train.seed))
     wanted = any(stage.tasks.get("dialogue") for stage in recipe.stages)
@@ -212,7 +213,7 @@ def load_data(recipe: Recipe, folder: Path, config, device: torch.device | str =
     train, borders = list(split["train"]), Thresholds(**thresholds) if thresholds else None
     for row in split["train"]:
         train += [augmented(row, copy, borders) for copy in range(1, about.augment.get(row["corpus"], 0) + 1)]
-    return Data(train, split["validation"], digest.hexdigest(), [row for row in words if row["split"] == "train"])
+    return Data(train, split["validation"], digest.hexdigest(), words)
 
 
 def _with_audio(rows: Iterable[dict], about: DataRecipe) -> list[dict]:
@@ -230,7 +231,8 @@ def _with_audio(rows: Iterable[dict], about: DataRecipe) -> list[dict]:
         )
     for row in gone:
         print(f"left out, its audio is gone: {row['id']} ({row['audio']})", flush=True)
-    return [row for row in rows if row["audio"] is not None and row not in gone]
+    lost = {(row["corpus"], row["id"]) for row in gone}
+    return [row for row in rows if row["audio"] is not None and (row["corpus"], row["id"]) not in lost]
 
 
 def _synthesised(recipe: Recipe, folder: Path) -> Path:
@@ -530,7 +532,8 @@ def run_stage(
         run_name=f"{recipe.name}/{stage.name}",
         disable_tqdm=False,
     )
-    arguments._n_gpu = 1  # several GPUs of one process would be `DataParallel`: `accelerate launch` is for them
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several for one process would be `DataParallel`: `accelerate launch` is for them
     trainer = DualSLMTrainer(
         model=model,
         args=arguments,
