@@ -744,7 +744,7 @@ class DualSLMConversation:
         turn = self._hear(audio, text)
         failure: list[BaseException] = []
         left = Event()
-        criteria = [*generation.pop("stopping_criteria", []), _Stopped(left)]
+        criteria = [*(self.generation | generation).get("stopping_criteria", []), _Stopped(left)]
 
         def run() -> None:
             try:
