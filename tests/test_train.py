@@ -128,7 +128,7 @@ def world(folder: Path, backbones, clips: int = 24, **changes) -> Path:
         },
         "data": {"tables": [str(folder / "t.parquet")], "validation_rows": 6, "align_responses": False},
         "warm_start": {"pieces": [40, 60], "steps": [6, 8], "caption_steps": 8, "frames_per_batch": 300},
-        "train": {"batch_size": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 1},
+        "train": {"batch_size": 4, "eval_steps": 2, "logging_steps": 1},
         "stages": [
             {"name": "joint", "err_stage": "joint", "tasks": tasks, "ctc_share": 0.3, "caption_share": 0.3, **stage},
             {"name": "disentangle", "err_stage": "disentangle", "tasks": tasks, **stage},
@@ -290,7 +290,7 @@ def test_two_processes_do_what_one_does(tiny_backbones, tmp_path, settings):
     recipe = world(tmp_path, tiny_backbones)
     values = yaml.safe_load(recipe.read_text())
     values["model"]["config"] |= still
-    values["train"] |= {"eval_steps": 6, "save_steps": 6}
+    values["train"] |= {"eval_steps": 6}
     recipe.write_text(yaml.safe_dump(values))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for name, processes in (("one", 1), ("two", 2)):
@@ -313,7 +313,7 @@ def test_two_processes_resume_to_the_same_bits_in_a_later_epoch(tiny_backbones, 
     recipe = world(tmp_path, tiny_backbones, warm_start={"enabled": False})
     values = yaml.safe_load(recipe.read_text())
     values["stages"] = [values["stages"][1] | {"max_steps": 8}]
-    values["train"] |= {"eval_steps": 5, "save_steps": 5, "shard_llm": shard_llm}
+    values["train"] |= {"eval_steps": 5, "shard_llm": shard_llm}
     recipe.write_text(yaml.safe_dump(values))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -736,7 +736,6 @@ def test_an_llm_in_4_bits_teaches_the_adapters(tiny_backbones, tmp_path):
     config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})  # its CPU kernel wants whole blocks
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     settings = ["model.load_in_4bit=true", "model.dtype=bfloat16", "stages.0.max_steps=2", "train.eval_steps=1"]
-    settings += ["train.save_steps=1"]
     recipe = load_recipe(str(world(tmp_path, (audio, str(tmp_path / "llama")))), settings)
     recipe.stages = recipe.stages[:1]
     model, _ = training_model(recipe)
@@ -764,7 +763,7 @@ def test_an_llm_in_4_bits_teaches_the_adapters(tiny_backbones, tmp_path):
 def test_bfloat16_is_used_where_the_cpu_is_fast_in_it(fast, tiny_backbones, tmp_path, monkeypatch, capsys):
     """Without AVX-512 it takes a hundred times as long as float32: there a recipe that asks for it runs in float32."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for module in ("features", "warm_start"):
+    for module in ("backbones", "features", "warm_start"):
         monkeypatch.setattr(f"dual_slm.training.{module}.cpu_has_bfloat16", lambda: fast)
     settings = ["model.dtype=bfloat16", "train.bf16=true", "stages.0.max_steps=1"]
     recipe = load_recipe(str(world(tmp_path, tiny_backbones)), settings)
@@ -853,7 +852,7 @@ def test_every_recipe_of_the_package_is_sound():
             ["model.config.num_paralingustic_tokens=4"],
             "no 'num_paralingustic_tokens'; did you mean 'num_paralinguistic_tokens'",
         ),
-        (["train.save_steps=4"], "save_steps 4 is not train.eval_steps 16"),
+        (["data.validation_rows=0"], "validation_rows is 0; validation needs one at least"),
         (["stages.0.lr_scheduler_type=cosin"], "lr_scheduler_type is 'cosin'; it must be one of linear, cosine"),
         (["stages.0.facts=[gendr]"], "no 'gendr'; did you mean 'gender'"),
         (["model.adapters=emosllm"], "emosllm hears no words: linguistic_source is transcript or none"),
@@ -876,7 +875,7 @@ def test_settings_change_a_recipe():
 
 
 def test_settings_that_are_given_one_by_one_all_count(capsys, tmp_path):
-    settings = ["--set", "train.seed=5", "--set", "data.tables=[]", "train.batch_size=3"]
+    settings = ["--set", "train.batch_size=3", "--set", "train.seed=5", "data.tables=[]"]
     command = ["train", "--recipe", "speedrun", "--output", str(tmp_path), "--dry-run"]
     assert main([*command, *settings]) == 0
     assert "16 steps of 3" in capsys.readouterr().out
@@ -905,7 +904,7 @@ def test_a_loss_that_is_not_finite_stops_with_what_there_is(tiny_backbones, tmp_
         "train.max_grad_norm=0.0",
         "stages.0.warmup_steps=3",
     ]
-    settings += ["train.eval_steps=1", "train.save_steps=1"]
+    settings += ["train.eval_steps=1"]
     with pytest.raises(FloatingPointError, match="the loss is nan at step"):
         run(load_recipe(str(recipe), settings), tmp_path / "run")
     assert (tmp_path / "run/stage-0/final/model.safetensors").is_file()
@@ -915,7 +914,7 @@ def test_the_speedrun_in_short(tmp_path):
     """The real backbones, from synthesised speech to a checkpoint that loads and answers, by the command line."""
     settings = ["data.synthesise_hours=0.05", "data.synthesise_engines=[piper]", "data.validation_rows=4"]
     settings += ["data.alignment.max_new_tokens=8", "warm_start.steps=[4]", "warm_start.caption_steps=6"]
-    settings += ["train.batch_size=4", "train.eval_steps=2", "train.save_steps=2"]
+    settings += ["train.batch_size=4", "train.eval_steps=2"]
     settings += [f"stages.{n}.max_steps=2" for n in range(3)]
     command = [sys.executable, "-m", "dual_slm.training.cli", "train", "--recipe", "speedrun"]
     command += ["--output", str(tmp_path / "run"), "--set", *settings]

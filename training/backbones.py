@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -321,6 +322,24 @@ def _extract(wheels: list[Path], files: dict[str, str], folder: Path) -> dict[st
             )
         paths[member] = path
     return paths
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies matrices fast in bfloat16: with AVX-512 or Arm's BF16. Without, torch takes one number at
+    a time, a hundred times as long as in float32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def fast_dtype(dtype: str, file: TextIO | None = None) -> str:
+    """`dtype`, or float32 where it is a half-width one that this CPU crawls in, which is told in `file` (default: stdout)."""
+    if dtype not in ("bfloat16", "float16") or cpu_has_bfloat16():
+        return dtype
+    print(
+        f"this CPU is a hundred times slower in {dtype} than in float32 (no AVX-512): float32 it is",
+        file=file,
+        flush=True,
+    )
+    return "float32"
 
 
 def transcriber(folder: str | Path) -> Callable[[np.ndarray], str]:

@@ -4,10 +4,13 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +18,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=None, help="checkpoint: a folder or Hub id (default: the released small one)"
     )
     parser.add_argument("--revision", default=None, help="branch, tag or commit on the Hub")
-    parser.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16 ...")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the backbones")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code in the checkpoint in place of this package's"
@@ -39,7 +42,7 @@ def default_checkpoint() -> str:
 def _fit_dtype(args: argparse.Namespace) -> None:
     """`--dtype bfloat16` becomes float32 on a CPU that crawls in it."""
     if getattr(args, "dtype", "auto") != "auto" and args.device == "cpu":
-        from .features import fast_dtype
+        from .backbones import fast_dtype
 
         args.dtype = fast_dtype(args.dtype, sys.stderr)
 
@@ -54,6 +57,8 @@ def load(args: argparse.Namespace):
 
     register_auto_classes()
     name = args.model or default_checkpoint()
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError(f"{name}: no such folder, and no Hub id (OWNER/NAME).")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: this machine has no CUDA device; use --device cpu.")
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
@@ -229,7 +234,7 @@ def corpus_read(args: argparse.Namespace) -> None:
     from .corpora import reader
     from .corpora.schema import Report, check_rows, write_table
 
-    root, out = Path(args.root).resolve(), Path(args.out)  # tables hold whole paths, wherever they are used
+    root, out = Path(os.path.abspath(args.root)), Path(args.out)  # tables hold whole paths, wherever they are used
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder: --root is where the corpus was unpacked.")
     options = {"role_reversed": True} if args.role_reversed else {}
@@ -510,7 +515,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="TABLE")
     sub.add_argument("--model", default="smollm2-135m-instruct", help="the LLM: Hub id, folder or pip-hosted backbone")
     sub.add_argument("--revision", default=None)
-    sub.add_argument("--dtype", default="auto")
+    sub.add_argument("--dtype", default="auto", choices=DTYPES)
     sub.add_argument("--device", default="cpu")
     sub.add_argument("--split", default=None, help="only this split")
     sub.add_argument("--limit", type=int, default=None, help="only so many rows")
@@ -562,7 +567,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--card", action="store_true", help="write the figures into the checkpoint's README.md")
     sub.add_argument("--compare", nargs=2, metavar="DIR", help="paired differences of two finished evaluations")
     sub.add_argument("--mean", nargs="+", metavar="DIR", help="mean and spread of finished evaluations (seeds)")
-    sub.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16 ...")
+    sub.add_argument("--dtype", default="auto", choices=DTYPES, help="of the backbones")
     sub.add_argument("--device", default="cpu", help="cpu, cuda ...")
     sub.add_argument("--trust-remote-code", action="store_true", help="run the code in the checkpoint")
 
@@ -570,7 +575,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", help="folder; its processor_config.json is written")
     sub.add_argument("--data", nargs="+", metavar="TABLE", required=True, help="tables of `dual-slm corpus`")
     sub.add_argument("--features", default=None, metavar="DIR", help="where features are kept (default: nowhere)")
-    sub.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16 ...")
+    sub.add_argument("--dtype", default="auto", choices=DTYPES, help="of the backbones")
     sub.add_argument("--device", default="cpu", help="cpu, cuda ...")
 
     sub = command("push", push)
@@ -631,6 +636,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if "DUAL_SLM_DEBUG" in os.environ:
             raise
+        if isinstance(error, ModuleNotFoundError):
+            error = f"{error}: pip install -e '.[train,eval]' in a checkout of the repository"
         message = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
         print(f"dual-slm {args.command}: {message or type(error).__name__}", file=sys.stderr)
         return 1

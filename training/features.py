@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
@@ -21,28 +20,11 @@ from tqdm import tqdm
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..processing_dual_slm import DualSLMProcessor, load_audio
 from .attributes import Thresholds, classify
+from .backbones import cpu_has_bfloat16
 from .corpora.synthesis import degrade
 
 FRAMES_PER_SECOND = 50
 SHARD = 512  # clips
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies matrices fast in bfloat16: with AVX-512 or Arm's BF16. Without, torch takes one number at
-    a time, a hundred times as long as in float32."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def fast_dtype(dtype: str, file: TextIO | None = None) -> str:
-    """`dtype`, or float32 where it is a half-width one that this CPU crawls in, which is told in `file` (default: stdout)."""
-    if dtype not in ("bfloat16", "float16") or cpu_has_bfloat16():
-        return dtype
-    print(
-        f"this CPU is a hundred times slower in {dtype} than in float32 (no AVX-512): float32 it is",
-        file=file,
-        flush=True,
-    )
-    return "float32"
 
 
 def load_row(row: dict, sampling_rate: int = 16_000) -> np.ndarray:

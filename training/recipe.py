@@ -137,8 +137,7 @@ class TrainRecipe:
         default=False, metadata={"help": "several processes share the frozen LLM's layers out among them (FSDP)"}
     )
     positional_randomness: bool = True
-    eval_steps: int = 100
-    save_steps: int = 100
+    eval_steps: int = field(default=100, metadata={"help": "between evaluations, each with a checkpoint"})
     logging_steps: int = 10
     dataloader_workers: int = 0
     report_to: list[str] = field(default_factory=list, metadata={"help": "tensorboard, trackio, wandb ..."})
@@ -196,7 +195,7 @@ def load_recipe(name_or_file: str, settings: list[str] | None = None) -> Recipe:
             raise FileNotFoundError(f"no recipe {name_or_file!r}{_nearest(name_or_file, names)}")
         path = RECIPES / f"{name_or_file}.yaml"
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from None
     for setting in settings or []:
@@ -270,11 +269,8 @@ def _check(recipe: Recipe, where: str) -> None:
             faults.append(f"stage {stage.name}: emosllm hears no words: linguistic_source is transcript or none")
     fields_ = [name for name in inspect.signature(DualSLMConfig.__init__).parameters if name not in ("self", "kwargs")]
     faults += [f"model.config: no {n!r}{_nearest(n, fields_)}" for n in recipe.model.config if n not in fields_]
-    if recipe.train.save_steps != recipe.train.eval_steps:
-        faults.append(
-            f"train.save_steps {recipe.train.save_steps} is not train.eval_steps {recipe.train.eval_steps}: the checkpoint "
-            "that validation chooses has to be there"
-        )
+    if recipe.data.validation_rows < 1:
+        faults.append(f"data.validation_rows is {recipe.data.validation_rows}; validation needs one at least")
     for name, (value, known) in choices.items():
         if value not in known:
             faults.append(f"{name} is {value!r}; it must be one of {', '.join(known)}")

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from .alignment import Aligner, AlignmentConfig, align_rows
 from .attributes import Thresholds, label_row, measure_rows, write_thresholds
+from .backbones import fast_dtype
 from .corpora import dailytalk, styletalk
 from .corpora.folder import read, read_folder
 from .corpora.schema import Report, check_rows, read_table, share, write_table
 from .corpora.synthesis import ENGINES, build, build_nonspeech
-from .features import fast_dtype
 from .journal import Journal
 from .warm_start import normalize
 
@@ -204,8 +204,9 @@ def main() -> None:
     engines = tuple(name for name in args.engines if name not in left_out)
     out.mkdir(parents=True, exist_ok=True)
     write_thresholds({"all": THRESHOLDS}, out / "thresholds.json")
-    for folder, rows in recorded(data, folders).items():
-        labelled(rows, out / f"{folder}.parquet")
+    if not all((out / f"{folder}.parquet").is_file() for folder in folders):
+        for folder, rows in recorded(data, folders).items():
+            labelled(rows, out / f"{folder}.parquet")
     if not (out / "dailytalk.parquet").is_file():
         write_table(histories(data), out / "dailytalk.parquet")
     if not (out / "nonspeech/metadata.jsonl").is_file():

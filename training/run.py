@@ -30,13 +30,13 @@ from ..modeling_dual_slm import SoftResidual, resolve_backbone
 from ..processing_dual_slm import CaptionSlots
 from .alignment import Aligner, AlignmentConfig, align_rows, score_targets
 from .attributes import Thresholds, label_row, measure_rows, tertiles, write_thresholds
-from .backbones import BACKBONES, fetch_backbone
+from .backbones import BACKBONES, fast_dtype, fetch_backbone
 from .collator import DualSLMCollator, Item, TrainingCollator
 from .corpora.folder import read
 from .corpora.schema import Report, check_rows, read_table, share, write_table
 from .corpora.synthesis import build, read_texts
 from .evaluation.metrics import score
-from .features import FeatureStore, augmented, fast_dtype
+from .features import FRAMES_PER_SECOND, FeatureStore, augmented
 from .journal import Journal, write_json
 from .prompts import PROMPTS
 from .recipe import DataRecipe, Recipe, StageRecipe
@@ -181,6 +181,12 @@ def load_data(recipe: Recipe, folder: Path, config, device: torch.device | str =
     starts = recipe.warm_start.enabled and recipe.warm_start.tables
     words = (row for row in read_table(*recipe.warm_start.tables) if row["split"] == "train") if starts else ()
     words = _with_audio(words, about)
+    kept = {row["split"] for row in rows}
+    if kept != {"train", "validation"}:
+        raise ValueError(
+            f"the tables have rows of {' and '.join(sorted(kept)) or 'no split'}, and training needs train and validation: "
+            "give each row its `split` in the metadata."
+        )
     if about.histories:
         rows = list(lend_histories(rows, read_table(*about.histories), recipe.train.seed))
     wanted = any(stage.tasks.get("dialogue") for stage in recipe.stages)
@@ -189,7 +195,8 @@ def load_data(recipe: Recipe, folder: Path, config, device: torch.device | str =
         path = folder / "responses.parquet"
         if not path.is_file():
             alignment = AlignmentConfig(**{"seed": recipe.train.seed, **about.alignment})
-            aligner, report = Aligner(config.text_model_id, alignment, device=device), Report()
+            aligner = Aligner(config.text_model_id, alignment, recipe.model.dtype, device)
+            report = Report()
             write_table(align_rows(open_rows, aligner, Journal(folder / "replies.jsonl"), report), path)
             print(report, flush=True)
         answers = {
@@ -202,10 +209,6 @@ def load_data(recipe: Recipe, folder: Path, config, device: torch.device | str =
         labels = [row[name] for name in ATTRIBUTES]
         digest.update(f"{row['id']}\t{row['split']}\t{row['transcript']}\t{row['response']}\t{labels}\n".encode())
     split = {name: [row for row in rows if row["split"] == name] for name in ("train", "validation")}
-    if not split["train"] or not split["validation"]:
-        raise ValueError(
-            f"there are {len(split['train'])} training and {len(split['validation'])} validation rows; both are needed."
-        )
     named = {*about.augment, *(corpus for stage in recipe.stages for corpus in stage.repeat)}
     if unknown := sorted(named - {row["corpus"] for row in split["train"]}):
         print(f"no training row is of a corpus that augment or repeat names: {', '.join(unknown)}", flush=True)
@@ -348,7 +351,8 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
     if about.pieces[-1] != model.config.linguistic_ctc_vocab_size:
         raise ValueError(
             f"warm_start.pieces ends with {about.pieces[-1]}, and the linguistic adapter has "
-            f"{model.config.linguistic_ctc_vocab_size}: name as many, or leave stage 0 out by warm_start.enabled=false."
+            f"{model.config.linguistic_ctc_vocab_size}: name as many (warm_start.pieces="
+            f"[{model.config.linguistic_ctc_vocab_size}]), or leave stage 0 out by warm_start.enabled=false."
         )
     clips = own_clips(data.train)
     spoken = own_clips([row for row in data.train + data.words if row["transcript"]])
@@ -360,6 +364,11 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
             flush=True,
         )
         spoken = [row for row in spoken if spelled_out(row["transcript"])]
+        if not spoken:
+            raise ValueError(
+                "no transcript is in the letters a to z, which the warm start spells: other languages take model.adapters: "
+                "paper and warm_start.enabled: false."
+            )
     heard = [row for row in own_clips(data.validation) if row["transcript"] and spelled_out(row["transcript"])]
     heard = [row for row in heard if normalize(row["transcript"])]
     heard = [row for row in heard if row["corpus"] != "ravdess"][:64]
@@ -393,6 +402,8 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
     targets = caption_targets(clips, processor)
     known = (targets != -100).sum(1) > len(processor.caption_slots.fixed)
     rows = [row for row, usable in zip(clips, known, strict=True) if usable]
+    if not rows:
+        print("no row has a label that the caption tells (dual-slm corpus label): the voice is not taught", flush=True)
     if rows and about.caption_steps:
         log += train_paralinguistic(
             model,
@@ -413,8 +424,9 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def validation_items(dataset: StageDataset, rows: list[dict], limit: int) -> list[Item]:
-    """Validation rows, the stage's tasks in turn, both branches from what the stage has for them; sorted by size."""
+def validation_items(dataset: StageDataset, rows: list[dict], limit: int, multiple: int = 1) -> list[Item]:
+    """Validation rows, the stage's tasks in turn, both branches from what the stage has for them; sorted by size. If there
+    are enough, a `multiple` of them."""
     tasks = list(dataset.stage.tasks)
     rows = sorted(rows, key=lambda row: share(row["id"]))  # a mixture of corpora, whatever the order of the tables
     able = {task: [row for row in rows if task in tasks_of(row)] for task in tasks}
@@ -427,7 +439,8 @@ def validation_items(dataset: StageDataset, rows: list[dict], limit: int) -> lis
                 sources = with_stage_sources(heard, dataset.stage, item.row)
                 items.append(Item(item.sample, item.row, sources))
         number += 1
-    return sorted(items[:limit], key=lambda item: item.sample.duration or 0.0)
+    items = items[: min(limit, len(items)) // multiple * multiple or limit]
+    return sorted(items, key=lambda item: item.sample.duration or 0.0)
 
 
 def reply_metrics(items: list[Item], processor: DualSLMProcessor, read_aloud: int):
@@ -479,16 +492,15 @@ def run_stage(
     common = {"positional_randomness": about.positional_randomness, "choices": choices}
     dataset = StageDataset(data.train, stage, about.seed, **common, teacher=teacher)
     asked = StageDataset(data.validation, stage, about.seed, **common)
-    items = validation_items(asked, data.validation, recipe.data.validation_rows)
+    world = PartialState().num_processes
+    # Several processes would fill up an incomplete batch with clips that count twice.
+    items = validation_items(asked, data.validation, recipe.data.validation_rows, world)
+    sizes = range(world, about.batch_size + 1, world)
+    whole = max((size for size in sizes if len(items) % size == 0), default=world)
     speller = None
     if stage.ctc_share:
         speller = Speller.of(processor.tokenizer, model.linguistic_adapter.soft_tokens.token_ids.tolist())
     collator = TrainingCollator(processor, store, speller, captions=stage.caption_share > 0)
-    world, evaluation_batch = PartialState().num_processes, about.batch_size
-    if world > 1:  # an incomplete batch would be filled up with clips that count twice
-        items = items[: max(len(items) // world, 1) * world]
-        sizes = range(world, about.batch_size + 1, world)
-        evaluation_batch = max((size for size in sizes if len(items) % size == 0), default=world)
     if about.activation_checkpointing:
         checkpoint_activations(model)
     longest = max(len(processor.tokenizer(item.sample.target)["input_ids"]) for item in items)
@@ -498,7 +510,9 @@ def run_stage(
         seed=about.seed,
         data_seed=about.seed,
         per_device_train_batch_size=about.batch_size // world,
-        per_device_eval_batch_size=evaluation_batch,  # split_batches: of all processes together
+        per_device_eval_batch_size=whole
+        if world > 1
+        else about.batch_size,  # split_batches: of all processes together
         gradient_accumulation_steps=about.gradient_accumulation_steps,
         learning_rate=stage.learning_rate,
         weight_decay=about.weight_decay,
@@ -513,7 +527,7 @@ def run_stage(
         eval_on_start=checkpoint is None,  # the log says where the stage began
         eval_steps=about.eval_steps,
         save_strategy="steps",
-        save_steps=about.save_steps,
+        save_steps=about.eval_steps,  # what validation chooses has to be there
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_{stage.best_by}",
@@ -601,12 +615,15 @@ def environment(data: Data) -> dict:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **{name: version(name) for name in packages},
-        "data": {"fingerprint": data.fingerprint, "train": len(data.train), "validation": len(data.validation)},
+        "data": {"rows": data.fingerprint, "train": len(data.train), "validation": len(data.validation)},
     }
 
 
 def finish(folder: Path, model, processor, log: list[dict]) -> None:
     """Writes `final/`: complete or not there at all."""
+    soft = getattr(model.linguistic_adapter, "soft_tokens", None)
+    if soft is not None:  # the words of a small corpus have fewer pieces than the recipe asks for
+        model.config.linguistic_ctc_vocab_size = len(soft.token_ids)
     final, scratch = folder / "final", folder / "final.part"
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch)
@@ -648,7 +665,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
         FileExistsError, ValueError: the folder holds a run already, or one of another recipe.
     """
     # The other processes wait while the first one synthesises, aligns and computes features: longer than the default allows.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     if recipe.train.batch_size % state.num_processes:
         raise ValueError(
             f"train.batch_size {recipe.train.batch_size} is no multiple of the {state.num_processes} processes."
@@ -659,7 +676,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
         if not resume:
             raise FileExistsError(f"{output} holds a run already: --resume goes on with it, or name another --output.")
         if kept.read_text(encoding="utf-8") != recipe.to_yaml():
-            raise ValueError(f"the recipe is not the one of {kept}; a run goes on with its own recipe.")
+            raise ValueError(f"the recipe is not the one of {kept}: go on by --recipe {kept}, or repeat its --set.")
     with state.main_process_first():
         output.mkdir(parents=True, exist_ok=True)
         if state.is_main_process:
@@ -670,7 +687,10 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
         about = environment(data) | {"dtype": recipe.model.dtype}
         known = output / "environment.json"
         if known.is_file() and json.loads(known.read_text(encoding="utf-8"))["data"] != about["data"]:
-            raise ValueError(f"the tables are not those that {known} tells of: a run goes on with its own data.")
+            raise ValueError(
+                f"the tables are not those that {known} tells of, or another version wrote it: a run goes on with its own "
+                "data. Delete that file to go on all the same."
+            )
         store = FeatureStore(output / "features", model.config, recipe.data.feature_bits)
         if state.is_main_process:
             write_json(known, about)
@@ -692,12 +712,14 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
         shard_llm(model)
     teacher = None
     if any(stage.objective != "ce" for stage in recipe.stages):
-        rows = [row for row in data.train if "dialogue" in tasks_of(row) and row.get("augment") is None]
+        rows = [row for row in data.train if "dialogue" in tasks_of(row)]
         if not rows:
             raise ValueError("an objective with kl learns from dialogues, and no training row has a response.")
         talk = StageRecipe(name="teacher", tasks={"dialogue": 1.0})
         every = StageDataset(rows, talk, recipe.train.seed, recipe.train.positional_randomness)
-        samples = {(row["corpus"], row["id"]): every.item(row, "dialogue").sample for row in every.rows}
+        samples = {
+            (row["corpus"], row["id"], row.get("augment")): every.item(row, "dialogue").sample for row in every.rows
+        }
         model.to(state.device)
         scores = score_targets(list(samples.values()), model, DualSLMCollator(processor))
         teacher = dict(zip(samples, scores, strict=True)).get
@@ -735,18 +757,36 @@ def plan(recipe: Recipe, output: str | Path) -> str:
     hours = sum(row["duration"] or 0 for row in rows) / 3600
     if rows:
         lines.append(f"data      {train:,} training clips with augmented copies, {hours:.2f} h of audio in all splits")
+    more_hours = 0.0
     if recipe.warm_start.enabled:
         steps = " + ".join(map(str, recipe.warm_start.steps))
         more = read_table(*recipe.warm_start.tables) if recipe.warm_start.tables else []
         more = [row for row in more if row["audio"] and row["split"] == "train"]
-        hours = sum(row["duration"] or 0 for row in more) / 3600
-        also = f", on {len(more):,} clips ({hours:.2f} h) more" if more else ""
+        more_hours = sum(row["duration"] or 0 for row in more) / 3600
+        also = f", on {len(more):,} clips ({more_hours:.2f} h) more" if more else ""
         lines.append(f"stage 0   {steps} CTC steps, {recipe.warm_start.caption_steps} caption steps{also}")
+    used = [row for row in rows if row["split"] in ("train", "validation")]
+    if recipe.data.align_responses and any(stage.tasks.get("dialogue") for stage in recipe.stages):
+        count = sum(row["response_complete"] is None and bool(row["transcript"]) for row in used)
+        lines.append(f"align     {count:,} rows are answered by the LLM")
     if not rows:  # about 4 s a clip
         train = int(recipe.data.synthesise_hours * 900 * 0.85)
         rows = [{"transcript": "x" * 50, "history": [], "response": "x" * 100, "split": "train"}]
     from transformers import AutoConfig
 
+    audio = AutoConfig.from_pretrained(resolve_backbone(recipe.model.audio_model_id))
+    fields = (EMOSLLM_ADAPTERS if recipe.model.adapters == "emosllm" else {}) | recipe.model.config
+    mixed = (
+        fields.get("paralinguistic_layer_mix") and recipe.model.adapters != "warm_start"
+    )  # which keeps statistics of them
+    layers = (getattr(audio, "encoder_layers", None) or audio.num_hidden_layers) if mixed else 1
+    copies = {row["id"]: recipe.data.augment.get(row["corpus"], 0) for row in used if row["split"] == "train"}
+    seconds = sum((row["duration"] or 0) * (1 + copies.get(row["id"], 0)) for row in used) + 3600 * more_hours
+    seconds = seconds or 3600 * recipe.data.synthesise_hours
+    size = seconds * FRAMES_PER_SECOND * layers * audio.hidden_size * recipe.data.feature_bits / 8
+    lines.append(
+        f"disk      about {size / 2**30:,.2f} GiB of features ({layers} of the encoder's layers, data.feature_bits)"
+    )
     text = AutoConfig.from_pretrained(resolve_backbone(recipe.model.text_model_id)).get_text_config()
     rate, total = matrix_rate(recipe.model.dtype), 0.0
     letters = [

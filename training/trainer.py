@@ -34,7 +34,7 @@ class StageDataset(Dataset):
         stage: its tasks with their shares, and how sources are drawn.
         seed: of every draw.
         positional_randomness: see `tasks.make_sample`.
-        teacher: (corpus, row id) -> the frozen LLM's log-probabilities of a dialogue's target.
+        teacher: (corpus, row id, augmented copy) -> the frozen LLM's log-probabilities of a dialogue's target.
         choices: the labels that prompts offer, as `tasks.label_sets`; default: those of the rows.
     """
 
@@ -90,8 +90,9 @@ class StageDataset(Dataset):
             has_transcript="transcript" in part,
         )
         sources = with_stage_sources(sources, self.stage, row)
-        taught = self.teacher is not None and task == "dialogue" and row.get("augment") is None
-        return Item(sample, row, sources, self.teacher((row["corpus"], row["id"])) if taught else None)
+        taught = self.teacher is not None and task == "dialogue"
+        teacher = self.teacher((row["corpus"], row["id"], row.get("augment"))) if taught else None
+        return Item(sample, row, sources, teacher)
 
     def size(self, index: int, epoch: int = 0) -> int:
         """About how many positions a row takes in the LLM in an epoch, its history as it is cut then: in letters."""

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..processing_dual_slm import DualSLMProcessor
-from .features import FeatureStore, cpu_has_bfloat16, pad_frames
+from .backbones import cpu_has_bfloat16
+from .features import FeatureStore, pad_frames
 
 TRIM_EVERY = 10  # steps
 

