@@ -18,6 +18,10 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=None, help="checkpoint: a folder or Hub id (default: the released small one)"
     )
     parser.add_argument("--revision", default=None, help="branch, tag or commit on the Hub")
+    for side in ("audio", "text"):
+        parser.add_argument(
+            f"--{side}-model-id", default=None, help=f"where the same {side} backbone is on this machine"
+        )
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the backbones")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     parser.add_argument(
@@ -66,6 +70,8 @@ def load(args: argparse.Namespace):
         processor = AutoProcessor.from_pretrained(name, **options)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     device_map = None if args.device == "cpu" else {"": args.device}
+    given = {name: getattr(args, name, None) for name in ("audio_model_id", "text_model_id")}
+    options |= {name: value for name, value in given.items() if value is not None}
     model = AutoModelForMultimodalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **options)
     return model, processor
 
@@ -198,6 +204,13 @@ def push(args: argparse.Namespace) -> None:
         False,
     )
     model, processor = load(args)  # what cannot be loaded is not pushed
+    for name in ("audio_model_id", "text_model_id"):
+        if os.path.isdir(getattr(model.config, name)):
+            print(
+                f"{name} is the folder {getattr(model.config, name)}: who pulls this must name theirs, "
+                f"from_pretrained(..., {name}=...)",
+                file=sys.stderr,
+            )
     api = HfApi()
     api.create_repo(args.repo, private=args.private, exist_ok=True)
     model.push_to_hub(args.repo, commit_message=args.message)
