@@ -384,3 +384,7 @@ def test_a_device_map_is_told_to_pipelines_and_trainers(tiny_backbones):
     model.attach_backbones(model.audio_tower, model.language_model)
     ours = dict.fromkeys(("audio_tower", "paralinguistic_adapter", "linguistic_adapter"), 0)
     assert model.hf_device_map == ours | {f"language_model.{name}": place for name, place in places.items()}
+    single, _ = make_model(tiny_backbones)  # on one device it is moved like any other
+    single.language_model.hf_device_map = {"": 0}
+    single.attach_backbones(single.audio_tower, single.language_model)
+    assert not hasattr(single, "hf_device_map")

@@ -264,3 +264,15 @@ def test_a_rate_beside_a_chat_is_that_of_its_arrays(tiny):
         assert torch.equal(found["input_features"], wanted["input_features"])
     with pytest.raises(ValueError, match="is not cut"):
         prompt(processor, chat, truncation=True, max_length=10)
+
+
+def test_bytes_and_open_files_are_read_like_the_file(tmp_path):
+    """What a web server is sent."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(0.5), 16_000)
+    wanted = load_audio(str(path))
+    with open(path, "rb") as file:
+        for given in (path.read_bytes(), file):
+            np.testing.assert_array_equal(load_audio(given), wanted)
+    with pytest.raises(ValueError, match="is not audio that libsndfile reads"):
+        load_audio(b"no audio at all")

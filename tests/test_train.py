@@ -228,6 +228,29 @@ def test_a_killed_run_resumes_to_the_same_bits(finished, tiny_backbones, tmp_pat
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_corpus_of_fewer_pieces_than_asked_for_makes_a_checkpoint_that_loads(tiny_backbones, tmp_path):
+    """The recipes' 9,085 pieces are those of a large corpus; a small one has fewer, and its checkpoint says so."""
+    settings = ["warm_start.pieces=[40, 5000]", "warm_start.steps=[1, 1]", "warm_start.caption_steps=1", "stages=[]"]
+    final = run(load_recipe(str(world(tmp_path, tiny_backbones)), settings), tmp_path / "run")
+    model = DualSLMForConditionalGeneration.from_pretrained(final)
+    assert len(model.linguistic_adapter.soft_tokens.token_ids) == model.config.linguistic_ctc_vocab_size < 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "train"}, "the tables have rows of train, and training needs train and validation"),
+        ({"transcript": "добрый день"}, "no transcript is in the letters a to z"),
+    ],
+)
+def test_what_training_cannot_use_is_told_with_its_cure(tiny_backbones, tmp_path, changes, message):
+    recipe = load_recipe(str(world(tmp_path, tiny_backbones)))
+    (table,) = recipe.data.tables
+    write_table([row | changes for row in read_table(table)], table)
+    with pytest.raises(ValueError, match=message):
+        run(recipe, tmp_path / "run")
+
+
 def test_a_run_does_not_go_on_with_other_data(finished, tmp_path):
     """A table that was labelled anew between a kill and --resume: half of a run would be of one, half of the other."""
     folder, _ = finished
