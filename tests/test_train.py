@@ -251,6 +251,18 @@ def test_what_training_cannot_use_is_told_with_its_cure(tiny_backbones, tmp_path
         run(recipe, tmp_path / "run")
 
 
+def test_labels_that_a_checkpoint_cannot_name_are_told(tiny_backbones, tmp_path, capsys):
+    recipe = load_recipe(str(world(tmp_path, tiny_backbones)))
+    (table,) = recipe.data.tables
+    write_table(
+        [row | {"emotion": "frustrated" if row["id"] == "3" else row["emotion"]} for row in read_table(table)], table
+    )
+    model, _ = training_model(recipe)
+    load_data(recipe, tmp_path / "run", model.config)
+    told = "will not be taught the emotion frustrated: model.config.attribute_labels has neutral, happy, sad"
+    assert told in capsys.readouterr().out
+
+
 def test_a_run_does_not_go_on_with_other_data(finished, tmp_path):
     """A table that was labelled anew between a kill and --resume: half of a run would be of one, half of the other."""
     folder, _ = finished

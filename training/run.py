@@ -187,6 +187,13 @@ def load_data(recipe: Recipe, folder: Path, config, device: torch.device | str =
             f"the tables have rows of {' and '.join(sorted(kept)) or 'no split'}, and training needs train and validation: "
             "give each row its `split` in the metadata."
         )
+    for name, labels in (config.attribute_labels or {}).items():
+        if other := {row[name] for row in rows} - {None, *labels}:
+            print(
+                f"the voice will not be taught the {name} {', '.join(sorted(other))}: model.config.attribute_labels has "
+                f"{', '.join(labels)}",
+                flush=True,
+            )
     if about.histories:
         rows = list(lend_histories(rows, read_table(*about.histories), recipe.train.seed))
     wanted = any(stage.tasks.get("dialogue") for stage in recipe.stages)
