@@ -782,17 +782,15 @@ def plan(recipe: Recipe, output: str | Path) -> str:
     from transformers import AutoConfig
 
     audio = AutoConfig.from_pretrained(resolve_backbone(recipe.model.audio_model_id))
-    fields = (EMOSLLM_ADAPTERS if recipe.model.adapters == "emosllm" else {}) | recipe.model.config
-    mixed = (
-        fields.get("paralinguistic_layer_mix") and recipe.model.adapters != "warm_start"
-    )  # which keeps statistics of them
-    layers = (getattr(audio, "encoder_layers", None) or audio.num_hidden_layers) if mixed else 1
-    copies = {row["id"]: recipe.data.augment.get(row["corpus"], 0) for row in used if row["split"] == "train"}
-    seconds = sum((row["duration"] or 0) * (1 + copies.get(row["id"], 0)) for row in used) + 3600 * more_hours
+    kinds = {"warm_start": WARM_START_ADAPTERS, "emosllm": EMOSLLM_ADAPTERS}
+    fields = kinds.get(recipe.model.adapters, {}) | recipe.model.config
+    store = FeatureStore(Path(output) / "features", DualSLMConfig(audio.to_dict(), **fields), recipe.data.feature_bits)
+    copies = [recipe.data.augment.get(row["corpus"], 0) if row["split"] == "train" else 0 for row in used]
+    seconds = sum((row["duration"] or 0) * (1 + n) for row, n in zip(used, copies, strict=True)) + 3600 * more_hours
     seconds = seconds or 3600 * recipe.data.synthesise_hours
-    size = seconds * FRAMES_PER_SECOND * layers * audio.hidden_size * recipe.data.feature_bits / 8
+    size = seconds * FRAMES_PER_SECOND * store.layers * store.width * store.bits / 8
     lines.append(
-        f"disk      about {size / 2**30:,.2f} GiB of features ({layers} of the encoder's layers, data.feature_bits)"
+        f"disk      about {size / 2**30:,.2f} GiB of features ({store.layers} of the encoder's layers, data.feature_bits)"
     )
     text = AutoConfig.from_pretrained(resolve_backbone(recipe.model.text_model_id)).get_text_config()
     rate, total = matrix_rate(recipe.model.dtype), 0.0
