@@ -351,8 +351,9 @@ def test_two_processes_resume_to_the_same_bits_in_a_later_epoch(tiny_backbones, 
     values["train"] |= {"eval_steps": 5, "shard_llm": shard_llm}
     recipe.write_text(yaml.safe_dump(values))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [sys.executable, *launch, "-m", "dual_slm.training.cli", "train", "--recipe", str(recipe), "--output"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    train = ["train", "--recipe", str(recipe), "--output"]
+    command = [*launch, "-m", "dual_slm.training.cli", *train]
     options = {"capture_output": True, "text": True, "env": environment, "timeout": 300}
     whole = subprocess.run([*command, str(tmp_path / "whole")], **options)
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -360,7 +361,16 @@ def test_two_processes_resume_to_the_same_bits_in_a_later_epoch(tiny_backbones, 
     assert 1 < next(entry["epoch"] for entry in log if entry["step"] == 5) < 2
 
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], **silent)
+    late = tmp_path / "late.py"  # the second process writes its part of a checkpoint well after the first one
+    late.write_text(
+        "import time\n"
+        "from dual_slm.training.cli import main\n"
+        "from dual_slm.training.trainer import DualSLMTrainer\n"
+        "save = DualSLMTrainer._save_rng_state\n"
+        "DualSLMTrainer._save_rng_state = lambda self, to: time.sleep(2 * self.args.process_index) or save(self, to)\n"
+        "main()\n"
+    )
+    process = subprocess.Popen([*launch, str(late), *train, str(tmp_path / "killed")], **silent)
     _kill_after(process, (tmp_path / "killed/stage-1-disentangle/checkpoint-5/complete").exists)
     assert not (tmp_path / "killed/final").exists()
     resumed = subprocess.run([*command, str(tmp_path / "killed"), "--resume"], **options)
