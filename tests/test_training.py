@@ -18,7 +18,7 @@ from dual_slm.training.attributes import Thresholds, classify, measure
 from dual_slm.training.cli import _TUNABLES
 from dual_slm.training.corpora.folder import read_folder
 from dual_slm.training.corpora.schema import make_row
-from dual_slm.training.corpora.synthesis import build_nonspeech, degrade, seldom_said, span
+from dual_slm.training.corpora.synthesis import build_nonspeech, degrade, span
 from dual_slm.training.features import FeatureStore, augmented, load_row
 from dual_slm.training.warm_start import (
     Speller,
@@ -91,20 +91,6 @@ def test_spans_are_runs_of_the_sentence():
     spans = [span(sentence, rng, 2, 5) for _ in range(50)]
     assert all(part in sentence and 2 <= len(part.split()) <= 5 for part in spans)
     assert len(set(spans)) > 10
-
-
-def test_what_is_seldom_said_is_spoken_first():
-    common, odd = "the dog sat by the door", "a zebra sang"
-    rows = [row["transcript"] for row in seldom_said([common] * 3 + [odd], [common] * 20, hours=1)]
-    assert sorted(rows) == sorted([common] * 3 + [odd]) and rows[0] == odd
-    # Once it was said it is worth less: another seldom word comes before its second time, marks and case aside.
-    rows = [row["transcript"] for row in seldom_said(["Zebra!", "zebra", "yak", "yak"], ["the dog"], hours=1)]
-    assert {row.strip("!").lower() for row in rows[:2]} == {"zebra", "yak"}
-    # Long sentences come in parts, nothing is left out, and there is no more than what was asked for.
-    long = " ".join(a + b for a in "abcde" for b in "uvwxyz")
-    parts = [row["transcript"] for row in seldom_said([long], [], hours=1, longest=12)]
-    assert sorted(" ".join(parts).split()) == sorted(long.split()) and max(len(part.split()) for part in parts) <= 12
-    assert len(seldom_said([long] * 9, [], hours=20 / 14_400, longest=10)) == 2
 
 
 def test_augmented_copies_differ_and_repeat(tmp_path):

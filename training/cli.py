@@ -227,8 +227,7 @@ def push(args: argparse.Namespace) -> None:
 
 def corpus_build(args: argparse.Namespace) -> None:
     """Synthesise a small complete corpus: synthesisers speak sentences, or the rows of a table."""
-    from .corpora.schema import read_table
-    from .corpora.synthesis import ENGINES, VOICES, build, read_texts, seldom_said
+    from .corpora.synthesis import ENGINES, VOICES, build, read_texts
 
     if args.list_voices:
         for voice in VOICES:
@@ -240,12 +239,6 @@ def corpus_build(args: argparse.Namespace) -> None:
         raise ValueError("--out DIR says where the corpus is made.")
     texts = read_texts(args.texts)
     hours = args.hours if args.hours is not None or (texts and isinstance(texts[0], dict)) else 0.5
-    if args.seldom_in:
-        said = [
-            row["transcript"] for row in read_table(*args.seldom_in) if row["split"] == "train" and row["transcript"]
-        ]
-        texts = [text if isinstance(text, str) else text["transcript"] for text in texts]
-        texts = seldom_said(texts, said, hours or 0.5)
     print(build(texts, args.out, hours, args.seed, args.processes, tuple(args.engines or ENGINES)))
 
 
@@ -492,13 +485,6 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default=None, metavar="DIR", help="folder that `corpus read folder` reads")
     sub.add_argument("--texts", default=None, help="sentences, one a line, or a table (default: 500 of LibriSpeech)")
     sub.add_argument("--hours", type=float, default=None, help="of audio (default 0.5; of a table, all rows)")
-    sub.add_argument(
-        "--seldom-in",
-        nargs="+",
-        default=None,
-        metavar="TABLE",
-        help="speak those parts whose words these tables seldom say",
-    )
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--processes", type=int, default=None)
     sub.add_argument("--engines", nargs="+", default=None, help="whose voices speak (default: all but kokoro)")

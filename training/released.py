@@ -215,8 +215,6 @@ def main() -> None:
         write_table(check_rows(read(out / "nonspeech", Report()), Report()), out / "nonspeech.parquet")
     if not (out / "synthetic/metadata.jsonl").is_file():
         build(list(sentences(data)), out / "synthetic", args.hours, args.seed, engines=engines)
-    if not (out / "sentences.txt").is_file():  # for more speech: corpus build --texts
-        (out / "sentences.txt").write_text("".join(f"{text}\n" for text in sentences(data)), encoding="utf-8")
     spoken = list(read(out / "synthetic", Report()))
     labelled(spoken[:SYNTHETIC_VOICES], out / "synthetic.parquet")
     if not (out / "styletalk_voice.parquet").is_file():

@@ -4,9 +4,7 @@
 sentence, voice, speed, vocal tract, gain, room and noise. A run that was interrupted goes on where it stopped.
 """
 
-import collections
 import hashlib
-import heapq
 import json
 import math
 import multiprocessing
@@ -70,47 +68,6 @@ def span(sentence: str, rng: np.random.Generator, shortest: int = 3, longest: in
     length = int(rng.integers(shortest, longest + 1))
     start = int(rng.integers(0, max(len(words) - length, 0) + 1))
     return " ".join(words[start : start + length])
-
-
-def seldom_said(texts: list[str], spoken: list[str], hours: float, longest: int = 12) -> list[dict]:
-    """What to speak next, so that a recogniser trained on it hears more words: rows for [`build`], best first.
-
-    A recogniser knows the words that it has heard: of a small checkpoint's words on validation speakers 7 to 9 % were wrong
-    that its training clips said ten times or more, 40 % that they said less often and 98 % that they never said. So texts
-    are cut into parts, and the part comes next that saves most errors a word, if a word that was said c times is wrong
-    with probability 3 / (3 + c) and comes up as often as in the texts.
-
-    Args:
-        texts: sentences.
-        spoken: what training clips say already.
-        hours: of speech that the rows suffice for.
-        longest: words of a part.
-    """
-    from ..warm_start import normalize
-
-    cuts = [(line, -(-len(line) // longest)) for line in (text.split() for text in texts)]
-    parts = [" ".join(line[len(line) * i // n : len(line) * (i + 1) // n]) for line, n in cuts for i in range(n)]
-    words = [normalize(part) for part in parts]
-    often = collections.Counter(word for part in words for word in part)
-    count = collections.Counter(word for text in spoken for word in normalize(text))
-
-    def saved(index: int) -> float:
-        each = (often[word] / ((3 + count[word]) * (4 + count[word])) for word in set(words[index]))
-        return sum(each) / (len(words[index]) + 2)
-
-    queue = [(-saved(index), index) for index, part in enumerate(words) if part]
-    heapq.heapify(queue)
-    rows, total = [], 0
-    while queue and total < hours * 3600 * 4:  # speech has fewer than four words a second
-        _, index = heapq.heappop(queue)
-        now = -saved(index)  # less than when it was queued, if its words were said in the meantime
-        if queue and now > queue[0][0]:
-            heapq.heappush(queue, (now, index))
-            continue
-        rows.append({"transcript": parts[index], "split": "train"})
-        total += len(words[index])
-        count.update(words[index])
-    return rows
 
 
 def _speak(engine: str, voice: str, text: str, stretch: float, rng: np.random.Generator) -> tuple[np.ndarray, int]:
