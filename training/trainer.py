@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -427,8 +428,7 @@ class _CompleteCheckpoints(TrainerCallback):
     """Marks a checkpoint when all of it is written, so that a resumed run never starts from half of one."""
 
     def on_save(self, args, state, control, **kwargs):
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # each process writes the state of its own random draws
+        PartialState().wait_for_everyone()  # each process writes the state of its own random draws
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if folder.is_dir():
