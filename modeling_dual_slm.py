@@ -7,6 +7,7 @@ L encoder layers read, C the encoder's width, N `num_paralinguistic_tokens`, D t
 import hashlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,7 @@ from .configuration_dual_slm import DualSLMConfig
 
 logger = logging.get_logger(__name__)
 
+_LEAST_LETTER = -7.0  # log-probability below which a letter begins no beam
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
@@ -311,6 +313,212 @@ class LinguisticAdapter(nn.Module):
         return torch.cat(embeds), counts, None if rows is None else torch.cat(tokens), kept
 
 
+class LetterAdapter(nn.Module):
+    """What is said, in letters: k frames concatenated -> linear -> ReLU -> convolutions over time -> k outputs, CTC over
+    letters. A beam search over words ([`Lexicon`]) spells them, and the LLM is given its own tokens of these words (ours).
+
+    No gradient comes back through the words: this adapter learns by CTC alone.
+    """
+
+    residual = None
+
+    def __init__(self, config: DualSLMConfig):
+        super().__init__()
+        self.rate, self.alphabet = config.linguistic_downsample_rate, config.linguistic_letters
+        self.beam_width = config.linguistic_beam_width
+        width, hidden = self.rate * config.audio_hidden_size, config.linguistic_hidden_size
+        self.norm = nn.LayerNorm(width) if config.linguistic_input_norm else nn.Identity()
+        self.linear_1 = nn.Linear(width, hidden)
+        self.layers = nn.ModuleList(ConvolutionLayer(hidden) for _ in range(config.linguistic_num_layers))
+        self.dropout = nn.Dropout(config.linguistic_dropout)
+        self.letters = nn.Linear(hidden, self.rate * (len(self.alphabet) + 1))
+        self.lexicon = Lexicon(config.linguistic_lexicon_size)
+
+    def output_lengths(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Placeholders of a clip: more than its words need."""
+        return -(-lengths // self.rate)
+
+    def logits(self, states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """(A, T, C) -> (A, ceil(T / k) * k, letters + 1), the blank last: one output a frame."""
+        states = states * _length_mask(lengths, states.shape[1]).to(states.dtype)[..., None]
+        states = nn.functional.pad(states, (0, 0, 0, -states.shape[1] % self.rate))
+        states = states.reshape(states.shape[0], -1, self.rate * states.shape[2])
+        hidden = nn.functional.relu(self.linear_1(self.norm(states)))
+        mask = _length_mask(self.output_lengths(lengths), hidden.shape[1])[..., None]
+        for layer in self.layers:
+            hidden = layer(hidden, mask)
+        return self.letters(self.dropout(hidden)).reshape(len(hidden), -1, len(self.alphabet) + 1)
+
+    def forward(
+        self,
+        states: torch.Tensor,
+        lengths: torch.Tensor,
+        embedding: nn.Module,
+        trained: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        """See [`LinguisticAdapter`]: the embeddings are the LLM's own of the words that are heard."""
+        with torch.no_grad():
+            log_probs = self.logits(states, lengths).float().log_softmax(-1).cpu()
+            sizes = self.output_lengths(lengths).tolist()
+            heard = [
+                self.lexicon.tokens(text, self.alphabet)[:size]
+                for text, size in zip(
+                    [self.search(p[: size * self.rate]) for p, size in zip(log_probs, sizes, strict=True)],
+                    sizes,
+                    strict=True,
+                )
+            ]
+            counts = torch.tensor([len(ids) for ids in heard], device=states.device)
+            tokens = torch.tensor([i for ids in heard for i in ids], dtype=torch.long, device=states.device)
+            return embedding(tokens).to(states.dtype), counts, tokens, None
+
+    def search(self, log_probs: torch.Tensor) -> str:
+        """The most likely text of one clip by prefix beam search: letters by CTC, words by the lexicon.
+
+        Args:
+            log_probs: (T', letters + 1), the blank last.
+        """
+        blank, words = len(self.alphabet), self.lexicon.read(self.alphabet)
+        beams = {
+            "": (0.0, -math.inf, 0.0)
+        }  # text -> log-probability that ends in a blank, in a letter; score of its words
+        for frame in log_probs.tolist():
+            grown: dict[str, tuple[float, float, float]] = {}
+
+            def add(text: str, in_blank: float, in_letter: float, score: float, grown=grown) -> None:
+                old = grown.get(text, (-math.inf, -math.inf, score))
+                grown[text] = (_log_add(old[0], in_blank), _log_add(old[1], in_letter), score)
+
+            likely = [(self.alphabet[i], p) for i, p in enumerate(frame[:blank]) if p > _LEAST_LETTER]
+            for text, (in_blank, in_letter, score) in beams.items():
+                both = _log_add(in_blank, in_letter)
+                add(text, both + frame[blank], -math.inf, score)
+                for letter, p in likely:
+                    if text[-1:] == letter:
+                        add(text, -math.inf, in_letter + p, score)  # the same letter goes on
+                        before = in_blank
+                    else:
+                        before = both
+                    if before == -math.inf or (letter == " " and text[-1:] in ("", " ")):
+                        continue
+                    ended = words.score(text.rpartition(" ")[2]) if letter == " " else 0.0
+                    add(text + letter, -math.inf, before + p, score + ended)
+            if len(grown) > self.beam_width:  # an unfinished word counts as the best one that it can become
+                ranks = {
+                    text: _log_add(a, b) + score + (words.best(text.rpartition(" ")[2]) if text[-1:] != " " else 0.0)
+                    for text, (a, b, score) in grown.items()
+                }
+                grown = {text: grown[text] for text in sorted(ranks, key=ranks.get, reverse=True)[: self.beam_width]}
+            beams = grown
+        ends = {
+            text: _log_add(a, b)
+            + score
+            + (words.score(text.rpartition(" ")[2]) if text[-1:] not in ("", " ") else 0.0)
+            for text, (a, b, score) in beams.items()
+        }
+        return max(ends, key=ends.get).strip()
+
+
+def _log_add(a: float, b: float) -> float:
+    if a < b:
+        a, b = b, a
+    return a if b == -math.inf else a + math.log1p(math.exp(b - a))
+
+
+class ConvolutionLayer(nn.Module):
+    """x + relu(convolution(norm(x))) over time, with nothing heard of the padding."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.convolution = nn.Conv1d(width, width, 5, padding=2, groups=8)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(A, T, W) and (A, T, 1), true at real positions -> (A, T, W)."""
+        inner = self.norm(states) * mask.to(states.dtype)
+        return states + nn.functional.relu(self.convolution(inner.transpose(1, 2)).transpose(1, 2))
+
+
+class Lexicon(nn.Module):
+    """Words with the LLM's tokens of each, and the pieces that spell any other word.
+
+    Args:
+        size: how many rows the buffers have. `spellings` are letters of the alphabet, counted from 1, with 0 behind the end:
+            a row that begins with a space is a word or begins one, any other goes on within a word. `counts` says how often
+            a text has the word (0: no word, a piece of other words), `token_ids` what it is to the LLM, -1 behind the end.
+    """
+
+    longest, most = 20, 4  # letters and tokens of a row
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("spellings", torch.zeros(size, self.longest, dtype=torch.uint8))
+        self.register_buffer("counts", torch.zeros(size, dtype=torch.int32))
+        self.register_buffer("token_ids", torch.full((size, self.most), -1, dtype=torch.int32))
+        self._read: tuple = (None, None)
+
+    def read(self, alphabet: str) -> "Words":
+        """The rows as they are now."""
+        state = (self.spellings.data_ptr(), self.spellings._version, len(self.counts))
+        if self._read[0] != state:
+            rows = zip(self.spellings.tolist(), self.counts.tolist(), self.token_ids.tolist(), strict=True)
+            spelled = [
+                ("".join(alphabet[i - 1] for i in letters if i), count, [i for i in ids if i >= 0])
+                for letters, count, ids in rows
+            ]
+            self._read = (state, Words(spelled))
+        return self._read[1]
+
+    def tokens(self, text: str, alphabet: str) -> list[int]:
+        """The LLM's tokens of a text."""
+        words = self.read(alphabet)
+        return [token for word in text.split() for token in words.spell(word)]
+
+
+class Words:
+    """How likely words are, by the rows of a [`Lexicon`], and how the LLM spells them.
+
+    A word of the lexicon scores by how often it is said, any other by its length; the numbers were chosen on validation
+    speakers, where twice or half of each makes little difference.
+    """
+
+    weight, bonus, strange, letter = 0.35, 2.0, -4.0, -1.0
+
+    def __init__(self, rows: list[tuple[str, int, list[int]]]):
+        self.ids = {spelling: ids for spelling, _, ids in rows}
+        total = sum(count for _, count, _ in rows)
+        self.known: dict[str, float] = {}
+        self.begun: dict[str, float] = {}
+        for spelling, count, _ in rows:
+            if count:
+                word, score = spelling[1:], self.weight * math.log(count / total)
+                self.known[word] = score
+                for end in range(1, len(word) + 1):
+                    self.begun[word[:end]] = max(score, self.begun.get(word[:end], -math.inf))
+
+    def score(self, word: str) -> float:
+        """Of a whole word."""
+        return self.bonus + max(self.known.get(word, -math.inf), self.strange + self.letter * len(word))
+
+    def best(self, beginning: str) -> float:
+        """Of the best word that begins so."""
+        return self.bonus + max(self.begun.get(beginning, -math.inf), self.strange + self.letter * len(beginning))
+
+    def spell(self, word: str) -> list[int]:
+        """Its tokens; those of the longest pieces if it is not in the lexicon."""
+        rest, tokens = " " + word, []
+        while rest:
+            size = next((n for n in range(len(rest), 0, -1) if rest[:n] in self.ids), 0)
+            if not size:
+                raise ValueError(
+                    f"{word!r} cannot be spelled: the lexicon of {len(self.ids)} rows has no piece for {rest[0]!r}. Stage 0 "
+                    "of training fills it."
+                )
+            tokens += self.ids[rest[:size]]
+            rest = rest[size:]
+        return tokens
+
+
 class SoftResidual(nn.Linear):
     """What is added to soft tokens, at first nothing. A class of its own: in code from outside of transformers,
     `_init_weights` is not called for a module without parameters of its own, so its parent could not see to that."""
@@ -520,7 +728,8 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         kind = QueryAdapter if config.paralinguistic_adapter_type == "query" else ParalinguisticAdapter
         self.paralinguistic_adapter = kind(config)
-        self.linguistic_adapter = None if config.linguistic_adapter_type == "none" else LinguisticAdapter(config)
+        kind = LetterAdapter if config.linguistic_adapter_type == "letters" else LinguisticAdapter
+        self.linguistic_adapter = None if config.linguistic_adapter_type == "none" else kind(config)
         # from_pretrained builds the adapters alone: the backbones are loaded by their own from_pretrained and attached.
         # Any other order lets transformers overwrite the backbones' buffers without a word.
         self.audio_tower = self.language_model = None
@@ -549,6 +758,10 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.normal_(module.queries, std=1.0)
             if module.layer_weights is not None:
                 init.zeros_(module.layer_weights)
+        elif isinstance(module, Lexicon):
+            init.zeros_(module.spellings)
+            init.zeros_(module.counts)
+            init.constant_(module.token_ids, -1)
         elif isinstance(module, SoftTokens):
             init.constant_(module.scale, 10.0)  # embedding rows are short (norm about 1-3): a scale from 10
             init.zeros_(module.token_ids)

@@ -18,8 +18,10 @@ from transformers import (
 )
 
 from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
-from dual_slm.configuration_dual_slm import WARM_START_ADAPTERS
+from dual_slm.configuration_dual_slm import LETTER_ADAPTER, WARM_START_ADAPTERS
 from dual_slm.processing_dual_slm import CaptionSlots
+from dual_slm.training.run import put
+from dual_slm.training.warm_start import lexicon_rows
 
 torch.set_num_threads(2)
 
@@ -98,20 +100,22 @@ def tiny_backbones(tmp_path_factory) -> tuple[str, str]:
 
 
 def make_model(backbones: tuple[str, str], **fields) -> tuple[DualSLMForConditionalGeneration, DualSLMProcessor]:
-    """A model with new adapters; `kind="warm"` takes the warm start's adapters, else the paper's."""
+    """A model with new adapters; `kind="warm"` takes the warm start's adapters, `"letters"` these with words by letters, else
+    the paper's."""
     from transformers import AutoTokenizer
 
     audio, text = backbones
     tokenizer = AutoTokenizer.from_pretrained(text)
     kind = fields.pop("kind", "paper")
     slots = CaptionSlots(tokenizer, CAPTION, LABELS)
-    if kind == "warm":
+    if kind in ("warm", "letters"):
+        words = {"linguistic_ctc_vocab_size": 60} if kind == "warm" else LETTER_ADAPTER
         fields = WARM_START_ADAPTERS | {
             "num_paralinguistic_tokens": slots.num_slots,
             "paralinguistic_soft_vocab_size": len(slots.token_ids),
             "paralinguistic_hidden_size": 24,
+            **words,
             "linguistic_hidden_size": 40,
-            "linguistic_ctc_vocab_size": 60,
             "caption_template": CAPTION,
             "attribute_labels": LABELS,
             **fields,
@@ -120,8 +124,16 @@ def make_model(backbones: tuple[str, str], **fields) -> tuple[DualSLMForConditio
         fields = {"num_paralinguistic_tokens": 4, "linguistic_hidden_size": 40, **fields}
     torch.manual_seed(1)
     model = DualSLMForConditionalGeneration.from_backbones(audio, text, **fields)
-    if kind == "warm":
+    if kind in ("warm", "letters"):
         model.paralinguistic_adapter.soft_tokens.token_ids = torch.tensor(slots.token_ids)
+    if kind == "letters":
+        adapter, words = model.linguistic_adapter, {"the": 9, "fox": 3, "lazy": 2, "dog": 2, "a": 5, "be": 2}
+        put(adapter.lexicon, lexicon_rows(tokenizer, words, adapter.alphabet))
+        model.config.linguistic_lexicon_size = len(adapter.lexicon.counts)
+        with torch.no_grad():  # random outputs that change from frame to frame, and a blank that wins sometimes
+            adapter.letters.weight.normal_(std=2.0)
+            adapter.letters.bias[len(adapter.alphabet) :: len(adapter.alphabet) + 1] = 3.0
+    elif kind == "warm":
         model.linguistic_adapter.soft_tokens.token_ids = torch.arange(3, 63)
         with torch.no_grad():  # random outputs that change from frame to frame, and a blank that wins sometimes
             model.linguistic_adapter.linear_2.weight.normal_(std=0.5)
@@ -130,9 +142,9 @@ def make_model(backbones: tuple[str, str], **fields) -> tuple[DualSLMForConditio
     return model, processor
 
 
-@pytest.fixture(scope="session", params=["paper", "warm"])
+@pytest.fixture(scope="session", params=["paper", "warm", "letters"])
 def tiny(request, tiny_backbones):
-    """(model, processor), once with the paper's adapters and once with the warm start's."""
+    """(model, processor), once with the paper's adapters, once with the warm start's and once with letters."""
     return make_model(tiny_backbones, kind=request.param)
 
 

@@ -66,7 +66,13 @@ class WarmStartRecipe:
     tables: list[str] = field(
         default_factory=list, metadata={"help": "more clips with transcripts, for stage 0 alone"}
     )
-    pieces: list[int] = field(default_factory=lambda: [2379, 9085])
+    pieces: list[int] = field(
+        default_factory=lambda: [2379, 9085], metadata={"help": "of the LLM's tokens; letters have none: []"}
+    )
+    lexicon: list[str] = field(
+        default_factory=list,
+        metadata={"help": "text files whose words letters are spelled into, beside those of the training clips"},
+    )
     steps: list[int] = field(default_factory=lambda: [500, 1700])
     learning_rate: float = 1e-3
     frames_per_batch: int = 12_000
@@ -276,7 +282,17 @@ def _check(recipe: Recipe, where: str) -> None:
             faults.append(f"{name} is {value!r}; it must be one of {', '.join(known)}")
     if recipe.warm_start.enabled and recipe.model.adapters == "paper":
         faults.append("warm_start.enabled needs other model.adapters than the paper's, which have no pieces to spell")
-    if len(recipe.warm_start.pieces) != len(recipe.warm_start.steps):
+    in_letters = recipe.model.config.get("linguistic_adapter_type") == "letters"
+    if in_letters:
+        if recipe.model.adapters != "warm_start":
+            faults.append("linguistic_adapter_type: letters needs model.adapters: warm_start")
+        if recipe.warm_start.pieces or len(recipe.warm_start.steps) != 1:
+            faults.append(
+                "linguistic_adapter_type: letters has one number of warm_start.steps and no warm_start.pieces"
+            )
+        if any(stage.ctc_share for stage in recipe.stages):
+            faults.append("linguistic_adapter_type: letters learns in stage 0 alone, without ctc_share")
+    elif recipe.warm_start.pieces and len(recipe.warm_start.pieces) != len(recipe.warm_start.steps):
         faults.append("warm_start.pieces and warm_start.steps are not equally long")
     if len({stage.name for stage in recipe.stages}) < len(recipe.stages) or not all(s.name for s in recipe.stages):
         faults.append("every stage needs a name of its own")

@@ -213,6 +213,8 @@ def main() -> None:
         build_nonspeech(out / "nonspeech", 400, args.seed)
     if not (out / "nonspeech.parquet").is_file():
         write_table(check_rows(read(out / "nonspeech", Report()), Report()), out / "nonspeech.parquet")
+    if not (out / "sentences.txt").is_file():  # what is spoken, and the words that letters are spelled into
+        write_text(out / "sentences.txt", "\n".join(sentences(data)) + "\n")
     if not (out / "synthetic/metadata.jsonl").is_file():
         build(list(sentences(data)), out / "synthetic", args.hours, args.seed, engines=engines)
     spoken = list(read(out / "synthetic", Report()))

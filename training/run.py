@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoTokenizer, Seq2SeqTrainingArguments, TrainerCallback
 
 from .. import DualSLMForConditionalGeneration, DualSLMProcessor
-from ..configuration_dual_slm import EMOSLLM_ADAPTERS, WARM_START_ADAPTERS, DualSLMConfig
-from ..modeling_dual_slm import SoftResidual, resolve_backbone
+from ..configuration_dual_slm import EMOSLLM_ADAPTERS, LETTER_ADAPTER, WARM_START_ADAPTERS, DualSLMConfig
+from ..modeling_dual_slm import LetterAdapter, SoftResidual, resolve_backbone
 from ..processing_dual_slm import CaptionSlots
 from .alignment import Aligner, AlignmentConfig, align_rows, score_targets
 from .attributes import Thresholds, label_row, measure_rows, tertiles, write_thresholds
@@ -53,8 +53,10 @@ from .trainer import (
     with_stage_sources,
 )
 from .warm_start import (
+    Letters,
     Speller,
     caption_targets,
+    lexicon_rows,
     normalize,
     read_labels,
     spelled_out,
@@ -89,12 +91,20 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
     if about.start_from:
         processor = DualSLMProcessor.from_pretrained(about.start_from)
         added = {"paralinguistic_soft_residual", "linguistic_soft_residual"}  # start at zero: nothing changes
-        if set(about.config) - added:
+        anew = {name for name in about.config if name.startswith("linguistic_")} - added
+        anew = anew if about.config.get("linguistic_adapter_type") == "letters" else set()
+        if set(about.config) - added - anew:
             raise ValueError(
                 "model.start_from: the checkpoint has a config of its own; model.config may add "
-                f"{', '.join(sorted(added))} alone."
+                f"{', '.join(sorted(added))}, or give it a linguistic_adapter_type: letters, which begins anew."
             )
         model = DualSLMForConditionalGeneration.from_pretrained(about.start_from, **options)
+        if anew:
+            model.config = DualSLMConfig.from_dict(model.config.to_dict() | about.config)
+            torch.manual_seed(recipe.train.seed)
+            model.linguistic_adapter = LetterAdapter(model.config).apply(model._init_weights)
+            processor.linguistic_adapter_type = model.config.linguistic_adapter_type
+            processor.linguistic_downsample_rate = model.config.linguistic_downsample_rate
         for name in (name for name in added if about.config.get(name) and not getattr(model.config, name)):
             adapter = getattr(model, name.replace("_soft_residual", "_adapter"))
             width = model.config.text_config.hidden_size
@@ -121,10 +131,12 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
         config = WARM_START_ADAPTERS | {
             "num_paralinguistic_tokens": slots.num_slots,
             "paralinguistic_soft_vocab_size": len(slots.token_ids),
-            "linguistic_ctc_vocab_size": recipe.warm_start.pieces[-1],
+            "linguistic_ctc_vocab_size": (recipe.warm_start.pieces or [0])[-1],
             "caption_template": template,
             "attribute_labels": labels,
         }
+        if about.config.get("linguistic_adapter_type") == "letters":
+            config |= LETTER_ADAPTER
     elif about.adapters == "emosllm":
         labels = about.config.get("attribute_labels", {"emotion": ATTRIBUTE_LABELS["emotion"]})
         wording = PROMPTS["attributes"]
@@ -326,15 +338,23 @@ def take_linguistic(model, checkpoint: Path) -> None:
     for side in ("audio", "text"):
         if config[f"{side}_model_fingerprint"] != getattr(model.config, f"{side}_model_fingerprint"):
             raise ValueError(f"warm_start.linguistic_from: {checkpoint} was trained with another {side} backbone.")
-    ids = state.pop("soft_tokens.token_ids", None)
-    known = {name: tensor.shape for name, tensor in model.linguistic_adapter.state_dict().items()}
-    wrong = [name for name, tensor in state.items() if known.get(name) != tensor.shape]
-    wrong += [n for n in known if n not in state and not n.startswith("residual.") and n != "soft_tokens.token_ids"]
-    wrong += ["soft_tokens.token_ids"] if ids is None else []
+    adapter = model.linguistic_adapter
+    buffers = dict(adapter.named_buffers())  # pieces and words: as many as there were
+    known = {name: tensor.shape for name, tensor in adapter.state_dict().items() if name not in buffers}
+    wrong = [name for name, tensor in state.items() if known.get(name) != tensor.shape and name not in buffers]
+    wrong += [name for name in (*known, *buffers) if name not in state and not name.startswith("residual.")]
     if wrong:
         raise ValueError(f"warm_start.linguistic_from: {checkpoint} does not fit the recipe in {', '.join(wrong)}.")
-    model.linguistic_adapter.load_state_dict(state, strict=False)
-    model.linguistic_adapter.soft_tokens.token_ids = ids
+    put(adapter, state)
+
+
+def put(module, state: dict[str, torch.Tensor]) -> None:
+    """Tensors into a module that may lack some of them; a buffer takes the new one's size (pieces, words)."""
+    buffers = dict(module.named_buffers())
+    for name in state.keys() & buffers.keys():
+        place, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(place), leaf, state[name])
+    module.load_state_dict(state, strict=False)
 
 
 def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureStore, data: Data) -> list[dict]:
@@ -355,9 +375,15 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
             evaluate_every=min(100, max(1, about.caption_steps // 3)),
             checkpoint=folder / "queries.pt",
         )
-    if about.pieces[-1] != model.config.linguistic_ctc_vocab_size:
+    in_letters = model.config.linguistic_adapter_type == "letters"
+    if in_letters and (about.pieces or len(about.steps) != 1):
         raise ValueError(
-            f"warm_start.pieces ends with {about.pieces[-1]}, and the linguistic adapter has "
+            "the linguistic adapter writes letters: give warm_start.pieces=[] and one number of warm_start.steps, or leave "
+            "stage 0 out by warm_start.enabled=false."
+        )
+    if not in_letters and (about.pieces or [0])[-1] != model.config.linguistic_ctc_vocab_size:
+        raise ValueError(
+            f"warm_start.pieces ends with {(about.pieces or [0])[-1]}, and the linguistic adapter has "
             f"{model.config.linguistic_ctc_vocab_size}: name as many (warm_start.pieces="
             f"[{model.config.linguistic_ctc_vocab_size}]), or leave stage 0 out by warm_start.enabled=false."
         )
@@ -382,10 +408,19 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
     words = training_texts(spoken)
     if about.linguistic_from:
         take_linguistic(model, Path(about.linguistic_from))
-    learnt = model.linguistic_adapter.soft_tokens.token_ids.tolist() if recipe.model.start_from else []
-    for number, (pieces, steps) in enumerate(zip(about.pieces, about.steps, strict=True)):
+    adapter = model.linguistic_adapter
+    if in_letters:
+        for file in about.lexicon:
+            words.update(
+                word for line in Path(file).read_text(encoding="utf-8").splitlines() for word in normalize(line)
+            )
+        put(adapter.lexicon, lexicon_rows(processor.tokenizer, words, adapter.alphabet))
+    learnt = adapter.soft_tokens.token_ids.tolist() if recipe.model.start_from and not in_letters else []
+    for number, (pieces, steps) in enumerate(zip(about.pieces or [0], about.steps, strict=True)):
         # Going on, it keeps its pieces: those of another corpus would not spell the words that this one lacks.
-        if len(learnt) == pieces:
+        if in_letters:
+            speller = Letters(adapter.alphabet)
+        elif len(learnt) == pieces:
             speller = Speller.of(processor.tokenizer, learnt)
         else:
             speller = Speller(processor.tokenizer, words, pieces)
@@ -631,6 +666,8 @@ def finish(folder: Path, model, processor, log: list[dict]) -> None:
     soft = getattr(model.linguistic_adapter, "soft_tokens", None)
     if soft is not None:  # the words of a small corpus have fewer pieces than the recipe asks for
         model.config.linguistic_ctc_vocab_size = len(soft.token_ids)
+    if model.config.linguistic_adapter_type == "letters":
+        model.config.linguistic_lexicon_size = len(model.linguistic_adapter.lexicon.counts)
     final, scratch = folder / "final", folder / "final.part"
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch)
@@ -646,11 +683,7 @@ def restore(model, folder: Path) -> None:
     wrong = set(model.state_dict()) - set(model.frozen_keys()) ^ set(state)
     if wrong:
         raise ValueError(f"{folder / 'final'} does not fit the recipe's adapters: {', '.join(sorted(wrong)[:5])}.")
-    for name, tensor in state.items():  # buffers that change their size with the pieces too
-        module, _, leaf = name.rpartition(".")
-        if leaf == "token_ids":
-            setattr(model.get_submodule(module), leaf, tensor)
-    model.load_state_dict(state, strict=False)
+    put(model, state)
 
 
 def fit_dtype(recipe: Recipe) -> Recipe:

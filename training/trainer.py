@@ -251,6 +251,8 @@ class DualSLMTrainer(Seq2SeqTrainer):
     def _rate(self, name: str) -> float:
         """The learning rate of a parameter. What has none (0) is frozen for the stage: its adapter hears as it heard."""
         branch = name.split("_adapter")[0]
+        if branch == "linguistic" and self.processing_class.linguistic_adapter_type == "letters":
+            return 0.0  # no gradient comes back through its words
         rates = [getattr(self.stage, f"{branch}_learning_rate", None), self.args.learning_rate]
         if ".residual." in name:
             rates.insert(0, self.stage.residual_learning_rate)

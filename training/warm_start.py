@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..modeling_dual_slm import DualSLMForConditionalGeneration
+from ..modeling_dual_slm import DualSLMForConditionalGeneration, Lexicon
 from ..processing_dual_slm import DualSLMProcessor
 from .backbones import cpu_has_bfloat16
 from .features import FeatureStore, pad_frames
@@ -114,6 +114,44 @@ class Speller:
         return [piece for word in normalize(text) for piece in self.spell(word)]
 
 
+class Letters:
+    """Spells texts in the letters of an alphabet, the space among them."""
+
+    def __init__(self, alphabet: str):
+        self.index = {letter: i for i, letter in enumerate(alphabet)}
+
+    def __call__(self, text: str) -> list[int]:
+        return [self.index[letter] for letter in " ".join(normalize(text)) if letter in self.index]
+
+
+def lexicon_rows(tokenizer, words: dict[str, int], alphabet: str) -> dict[str, torch.Tensor]:
+    """The buffers of a [`Lexicon`]: the words that are short enough, by their counts, and all of the LLM's tokens that are
+    letters alone, to spell the others with.
+
+    Args:
+        words: words with their counts.
+    """
+    letters = set(alphabet[1:])
+    rows: dict[str, tuple[int, list[int]]] = {}
+    for token, number in tokenizer.get_vocab().items():
+        spelling = token.replace("Ġ", " ")
+        if spelling and letters.issuperset(spelling.removeprefix(" ")):
+            rows[spelling] = (0, [number])
+    for word, count in words.items():
+        ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+        if letters.issuperset(word) and len(ids) <= Lexicon.most:
+            rows[" " + word] = (count, ids)
+    rows = {spelling: row for spelling, row in sorted(rows.items()) if len(spelling) <= Lexicon.longest}
+    place = {letter: i for i, letter in enumerate(alphabet, 1)}
+    spellings = torch.zeros(len(rows), Lexicon.longest, dtype=torch.uint8)
+    token_ids = torch.full((len(rows), Lexicon.most), -1, dtype=torch.int32)
+    for row, (spelling, (_, ids)) in enumerate(rows.items()):
+        spellings[row, : len(spelling)] = torch.tensor([place[letter] for letter in spelling], dtype=torch.uint8)
+        token_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    counts = torch.tensor([count for count, _ in rows.values()], dtype=torch.int32)
+    return {"spellings": spellings, "counts": counts, "token_ids": token_ids}
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Linguistic: CTC
 # --------------------------------------------------------------------------------------------------------------------
@@ -151,7 +189,7 @@ def train_linguistic(
     model: DualSLMForConditionalGeneration,
     store: FeatureStore,
     rows: list[dict],
-    speller: Speller,
+    speller: Speller | Letters,
     steps: int,
     learning_rate: float = 1e-3,
     frames_per_batch: int = 12_000,
@@ -162,7 +200,8 @@ def train_linguistic(
     evaluate_every: int = 250,
     checkpoint: Path | None = None,
 ) -> list[dict]:
-    """CTC of the linguistic adapter over `speller`'s tokens; the LLM gives its embedding rows and never runs.
+    """CTC of the linguistic adapter over `speller`'s tokens, for which the LLM gives its embedding rows and never runs, or
+    over letters.
 
     Args:
         store, rows: features of these rows, which have transcripts.
@@ -175,12 +214,14 @@ def train_linguistic(
         The log: step, loss and what `evaluate` returned.
     """
     adapter, embedding = model.linguistic_adapter, model.get_input_embeddings()
-    soft = adapter.soft_tokens
-    widen(soft, speller.token_ids)
+    in_letters = isinstance(speller, Letters)
+    if not in_letters:
+        widen(adapter.soft_tokens, speller.token_ids)
     targets = [torch.tensor(speller(row["transcript"]), dtype=torch.long) for row in rows]
     lengths = [store.length(row) for row in tqdm(rows, desc="lengths", leave=False)]
     # CTC needs a frame for each piece and one between equal neighbours.
-    room = [-(-length // adapter.rate) for length in lengths]
+    per_output = adapter.rate if in_letters else 1
+    room = [-(-length // adapter.rate) * per_output for length in lengths]
     usable = [
         i
         for i, row in enumerate(rows)
@@ -189,30 +230,32 @@ def train_linguistic(
     if not usable:
         raise ValueError(f"none of the {len(rows)} rows has a transcript that its audio has room for.")
     batches = batches_by_length([lengths[i] for i in usable], frames_per_batch, np.random.default_rng(seed))
-    pieces = soft.rows(embedding)
+    pieces = None if in_letters else adapter.soft_tokens.rows(embedding)
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         batch = [usable[i] for i in next(batches)]
         states, sizes = pad_frames([store.get(rows[i]) for i in batch])
         states = mask_frames(states, sizes, generator)
         spelled = torch.cat([targets[i] for i in batch])
-        drawn, offset = draw_pieces(spelled, len(pieces), sampled_pieces, generator)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bfloat16()):
-            outputs = adapter.project(states, sizes)
-            logits = soft.logits(outputs, pieces[drawn])
-        logits = logits.float()
-        logits[..., :-1] += offset
-        place = torch.zeros(len(pieces), dtype=torch.long).index_put((drawn,), torch.arange(len(drawn)))
+            if in_letters:
+                logits = adapter.logits(states, sizes).float()
+            else:
+                drawn, offset = draw_pieces(spelled, len(pieces), sampled_pieces, generator)
+                logits = adapter.soft_tokens.logits(adapter.project(states, sizes), pieces[drawn]).float()
+                logits[..., :-1] += offset
+                place = torch.zeros(len(pieces), dtype=torch.long).index_put((drawn,), torch.arange(len(drawn)))
+                spelled = place[spelled]
         return nn.functional.ctc_loss(
             logits.log_softmax(-1).transpose(0, 1),
-            place[spelled],
-            adapter.output_lengths(sizes),
+            spelled,
+            adapter.output_lengths(sizes) * per_output,
             torch.tensor([len(targets[i]) for i in batch]),
-            blank=len(drawn),
+            blank=logits.shape[-1] - 1,
             zero_infinity=True,
         )
 
-    about = {"stage": "linguistic", "pieces": len(pieces)}
+    about = {"stage": "linguistic"} | ({} if in_letters else {"pieces": len(pieces)})
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
 
     def skip(count: int) -> None:

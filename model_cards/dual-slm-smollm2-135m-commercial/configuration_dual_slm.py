@@ -60,8 +60,9 @@ class DualSLMConfig(PreTrainedConfig):
             Add a free vector to each soft token, from a linear layer that starts at zero: nothing is lost of what the
             warm start taught, and training through the LLM can say what no mixture of caption pieces says.
         linguistic_adapter_type (`str`, defaults to `"concat"`):
-            `"concat"` is the paper's. `"none"` leaves it out: the words come as text (EmoSLLM), so a spoken turn's linguistic
-            source is its `transcript`, or nothing.
+            `"concat"`: k frames concatenated, two linear layers (paper). `"letters"`: CTC over letters, spelled into the
+            LLM's own tokens by a beam search over a lexicon that lies in the checkpoint. `"none"`: the words come as text,
+            `linguistic: transcript`, or nothing.
         linguistic_downsample_rate (`int`, defaults to 5):
             Encoder frames (50 Hz) concatenated into one embedding: 5 gives 10 Hz (paper).
         linguistic_hidden_size (`int`, defaults to 2048):
@@ -74,6 +75,14 @@ class DualSLMConfig(PreTrainedConfig):
             If positive, the outputs are read as CTC over that many of the LLM's own tokens: blanks are dropped, repeats
             merged, and each remaining segment becomes the softmax-weighted mean of the LLM's token embeddings. The
             sequence shrinks to about the length of the text. 0 feeds the outputs as they are (paper).
+        linguistic_letters (`str`, defaults to the space, a to z and the apostrophe):
+            What `"letters"` writes in, one character each, the space first.
+        linguistic_num_layers (`int`, defaults to 4):
+            Convolutions over time of `"letters"`, each over five outputs.
+        linguistic_lexicon_size (`int`, defaults to 0):
+            Rows of the lexicon of `"letters"`; stage 0 of training fills it.
+        linguistic_beam_width (`int`, defaults to 16):
+            Texts that the search of `"letters"` keeps.
         linguistic_soft_residual (`bool`, defaults to `False`):
             As `paralinguistic_soft_residual`, from the mean output of each segment.
         caption_template (`str`, *optional*):
@@ -130,6 +139,10 @@ class DualSLMConfig(PreTrainedConfig):
         linguistic_dropout: float = 0.0,
         linguistic_input_norm: bool = False,
         linguistic_ctc_vocab_size: int = 0,
+        linguistic_letters: str = " abcdefghijklmnopqrstuvwxyz'",
+        linguistic_num_layers: int = 4,
+        linguistic_lexicon_size: int = 0,
+        linguistic_beam_width: int = 16,
         linguistic_soft_residual: bool = False,
         caption_template: str | None = None,
         attribute_labels: dict[str, list[str]] | None = None,
@@ -171,6 +184,10 @@ class DualSLMConfig(PreTrainedConfig):
         self.linguistic_dropout = linguistic_dropout
         self.linguistic_input_norm = linguistic_input_norm
         self.linguistic_ctc_vocab_size = linguistic_ctc_vocab_size
+        self.linguistic_letters = linguistic_letters
+        self.linguistic_num_layers = linguistic_num_layers
+        self.linguistic_lexicon_size = linguistic_lexicon_size
+        self.linguistic_beam_width = linguistic_beam_width
         self.linguistic_soft_residual = linguistic_soft_residual
         self.caption_template = caption_template
         self.attribute_labels = attribute_labels
@@ -196,12 +213,13 @@ class DualSLMConfig(PreTrainedConfig):
         for name, choices in {
             "encoder_padding": ("max_length", "real"),
             "paralinguistic_adapter_type": ("pooling", "query"),
-            "linguistic_adapter_type": ("concat", "none"),
+            "linguistic_adapter_type": ("concat", "letters", "none"),
             "paralinguistic_pooling": ("adaptive", "statistics", "dynamics"),
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
-        for name in ("num_paralinguistic_tokens", "linguistic_downsample_rate", "linguistic_hidden_size"):
+        positive = ("num_paralinguistic_tokens", "linguistic_downsample_rate", "linguistic_hidden_size")
+        for name in (*positive, "linguistic_beam_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         for name, vocabulary in (("paralinguistic", "soft"), ("linguistic", "ctc")):
@@ -209,6 +227,18 @@ class DualSLMConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name}_soft_residual stands beside soft tokens, and {name}_{vocabulary}_vocab_size is 0."
                 )
+        letters = self.linguistic_letters
+        if letters[:1] != " " or len(set(letters)) < len(letters) or letters != letters.lower():
+            raise ValueError(
+                f"linguistic_letters is {letters!r}; it begins with the space, and has each lower-case letter once."
+            )
+        if self.linguistic_adapter_type == "letters" and (
+            self.linguistic_ctc_vocab_size or self.linguistic_soft_residual or self.linguistic_hidden_size % 8
+        ):
+            raise ValueError(
+                "linguistic_adapter_type: letters has no linguistic_ctc_vocab_size and no linguistic_soft_residual, and a "
+                f"linguistic_hidden_size that is a multiple of 8, not {self.linguistic_hidden_size}."
+            )
         width = self.audio_hidden_size
         if self.paralinguistic_adapter_type == "query":
             width = self.paralinguistic_hidden_size or 768
@@ -309,6 +339,13 @@ WARM_START_ADAPTERS = {
     "linguistic_dropout": 0.25,
     "linguistic_input_norm": True,
     "linguistic_ctc_vocab_size": 9085,
+}
+
+# In the place of their linguistic part: letters in place of the LLM's tokens, which few hours of speech say all of.
+LETTER_ADAPTER = {
+    "linguistic_adapter_type": "letters",
+    "linguistic_hidden_size": 1024,
+    "linguistic_ctc_vocab_size": 0,
 }
 
 _WHISPER_LARGE_V3 = {
