@@ -457,16 +457,19 @@ class Lexicon(nn.Module):
         self.register_buffer("token_ids", torch.full((size, self.most), -1, dtype=torch.int32))
         self._read: tuple = (None, None)
 
+    def rows(self, alphabet: str) -> list[tuple[str, int, list[int]]]:
+        """(spelling, count, token ids) of each row."""
+        rows = zip(self.spellings.tolist(), self.counts.tolist(), self.token_ids.tolist(), strict=True)
+        return [
+            ("".join(alphabet[i - 1] for i in letters if i), count, [i for i in ids if i >= 0])
+            for letters, count, ids in rows
+        ]
+
     def read(self, alphabet: str) -> "Words":
-        """The rows as they are now."""
+        """The rows as they are now, to be looked up."""
         state = (self.spellings.data_ptr(), self.spellings._version, len(self.counts))
         if self._read[0] != state:
-            rows = zip(self.spellings.tolist(), self.counts.tolist(), self.token_ids.tolist(), strict=True)
-            spelled = [
-                ("".join(alphabet[i - 1] for i in letters if i), count, [i for i in ids if i >= 0])
-                for letters, count, ids in rows
-            ]
-            self._read = (state, Words(spelled))
+            self._read = (state, Words(self.rows(alphabet)))
         return self._read[1]
 
     def tokens(self, text: str, alphabet: str) -> list[int]:

@@ -1,5 +1,7 @@
 """The promises of the model: batches equal single runs, the LLM stays itself, the cache of a conversation is exact."""
 
+import collections
+import itertools
 import json
 
 import numpy as np
@@ -221,6 +223,61 @@ def test_ctc_compression_drops_blanks_and_merges_repeats(warm):
         embeds = probabilities @ rows
     assert ids.tolist() == [soft.token_ids[5], soft.token_ids[5], soft.token_ids[9]]
     torch.testing.assert_close(embeds, rows[[5, 5, 9]], atol=1e-3, rtol=1e-3)
+
+
+def test_the_search_finds_the_text_that_all_paths_together_make_most_likely(tiny_backbones):
+    """Against the definition: every path of six outputs over three letters, summed over those that collapse to a text."""
+    model, _ = make_model(tiny_backbones, kind="letters", linguistic_letters=" abe", linguistic_beam_width=500)
+    adapter, generator = model.linguistic_adapter, torch.Generator().manual_seed(0)
+    words, texts = adapter.lexicon.read(" abe"), set()
+    assert set(words.known) == {"a", "be"}
+    for _ in range(12):
+        log_probs = (2.0 * torch.randn(6, 5, generator=generator)).log_softmax(-1)
+        totals = collections.defaultdict(list)
+        for path in itertools.product(range(5), repeat=6):
+            text = "".join(" abe"[i] for i, _ in itertools.groupby(path) if i < 4)
+            if not text.startswith(" ") and "  " not in text:
+                totals[text].append(sum(log_probs[t, i].item() for t, i in enumerate(path)))
+        scores = {
+            text: torch.tensor(paths).logsumexp(0).item() + sum(words.score(word) for word in text.split())
+            for text, paths in totals.items()
+        }
+        texts.add(adapter.search(log_probs))
+        assert adapter.search(log_probs) == max(scores, key=scores.get).strip()
+    assert len(texts) > 5
+
+
+def test_letters_are_spelled_into_words_that_are_known_and_others_as_they_are_heard(tiny_backbones):
+    """What sounds like a known word becomes it, a clear new name stays; the LLM gets its own tokens of known words."""
+    model, processor = make_model(tiny_backbones, kind="letters")
+    adapter = model.linguistic_adapter
+
+    def heard(*outputs: dict[str, float]) -> str:
+        probabilities = torch.full((len(outputs), len(adapter.alphabet) + 1), 1e-6)
+        for row, letters in zip(probabilities, outputs, strict=True):
+            for letter, probability in letters.items():
+                row[adapter.alphabet.find(letter) if letter != "_" else -1] = probability
+        return adapter.search((probabilities / probabilities.sum(-1, keepdim=True)).log())
+
+    def clear(text: str) -> list[dict[str, float]]:
+        return [{letter: 1.0} for letter in text]
+
+    assert heard(*clear("the f"), {"u": 0.6, "o": 0.4}, *clear("x_")) == "the fox"
+    assert heard(*clear("the z"), {"u": 0.6, "o": 0.4}, *clear("x_")) == "the zux"
+    assert heard(*clear("ddo_gg")) == "dog"
+    assert heard(*clear("d_d")) == "dd"
+    assert heard(*clear("____")) == ""
+    tokens = adapter.lexicon.tokens("the fox zuxy", adapter.alphabet)
+    assert tokens[:2] == processor.tokenizer(" the fox", add_special_tokens=False)["input_ids"][: len(tokens[:2])]
+    assert processor.tokenizer.decode(tokens) == " the fox zuxy"
+
+
+def test_an_empty_lexicon_says_what_fills_it(tiny_backbones):
+    model, _ = make_model(tiny_backbones, kind="letters")
+    for name, buffer in dict(model.linguistic_adapter.lexicon.named_buffers()).items():
+        setattr(model.linguistic_adapter.lexicon, name, buffer[:0])
+    with pytest.raises(ValueError, match="Stage 0 of training fills it"):
+        model.linguistic_adapter.lexicon.tokens("fox", model.config.linguistic_letters)
 
 
 def test_long_audio_is_encoded_whole(tiny):

@@ -21,6 +21,7 @@ from dual_slm.training.corpora.schema import make_row
 from dual_slm.training.corpora.synthesis import build_nonspeech, degrade, span
 from dual_slm.training.features import FeatureStore, augmented, load_row
 from dual_slm.training.warm_start import (
+    Letters,
     Speller,
     batches_by_length,
     caption_targets,
@@ -240,9 +241,10 @@ def test_dynamics_tell_fast_change_from_slow():
 # ---- warm start ------------------------------------------------------------------------------------------------------
 
 
-def test_the_warm_start_teaches_both_adapters_and_no_backbone(tiny_backbones, tmp_path):
+@pytest.mark.parametrize("kind", ["warm", "letters"])
+def test_the_warm_start_teaches_both_adapters_and_no_backbone(kind, tiny_backbones, tmp_path):
     """Two melodies that stand for two words: after training both are heard, read from the cache as from the audio."""
-    model, processor = make_model(tiny_backbones, kind="warm", encoder_padding="real", linguistic_dropout=0.0)
+    model, processor = make_model(tiny_backbones, kind=kind, encoder_padding="real", linguistic_dropout=0.0)
     time = np.arange(4_800) / 16_000
     melodies = [[300, 2500, 700, 5000, 150], [4000, 200, 6000, 1000, 2000]]
     up, down = (np.concatenate([0.3 * np.sin(2 * np.pi * f * time) for f in m]).astype(np.float32) for m in melodies)
@@ -254,7 +256,9 @@ def test_the_warm_start_teaches_both_adapters_and_no_backbone(tiny_backbones, tm
     rows = read_folder(tmp_path / "corpus")
     before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
 
-    speller = Speller(processor.tokenizer, {"the": 3, "fox": 2, "lazy": 2, "dog": 2}, 60)
+    speller = Letters(model.config.linguistic_letters)
+    if kind == "warm":
+        speller = Speller(processor.tokenizer, {"the": 3, "fox": 2, "lazy": 2, "dog": 2}, 60)
     store = FeatureStore(tmp_path / "cache", model.config)
     store.build(rows, model, processor, workers=0)
     train_linguistic(model, store, rows, speller, 300, learning_rate=1e-2, warmup=5)

@@ -27,7 +27,7 @@ from .corpora import dailytalk, styletalk
 from .corpora.folder import read, read_folder
 from .corpora.schema import Report, check_rows, read_table, share, write_table
 from .corpora.synthesis import ENGINES, build, build_nonspeech
-from .journal import Journal
+from .journal import Journal, write_text
 from .warm_start import normalize
 
 # Energy is cut by tertiles of RAVDESS's and LibriSpeech's training clips: by TextrolSpeech's borders 93 % of RAVDESS is

@@ -409,7 +409,8 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
     if about.linguistic_from:
         take_linguistic(model, Path(about.linguistic_from))
     adapter = model.linguistic_adapter
-    if in_letters:
+    if in_letters:  # going on, it keeps the words that it knows
+        words.update({word[1:]: count for word, count, _ in adapter.lexicon.rows(adapter.alphabet) if count})
         for file in about.lexicon:
             words.update(
                 word for line in Path(file).read_text(encoding="utf-8").splitlines() for word in normalize(line)
