@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 from conftest import LABELS, make_model, tone
-from dual_slm import DualSLMForConditionalGeneration
+from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
 from dual_slm.training.alignment import score_targets
 from dual_slm.training.cli import main
 from dual_slm.training.collator import DualSLMCollator, Item, TrainingCollator
@@ -735,6 +735,68 @@ def test_a_residual_starts_as_nothing_and_learns(tiny_backbones, tmp_path, branc
     recipe.model.config = {"linguistic_hidden_size": 9}
     with pytest.raises(ValueError, match="the checkpoint has a config of its own"):
         training_model(recipe)
+
+
+LETTERS = ["warm_start.pieces=[]", "warm_start.steps=[6]", "model.config.linguistic_adapter_type=letters"]
+
+
+def test_a_run_with_letters_goes_on_and_learns_more_words(tiny_backbones, tmp_path):
+    """Letters learn in stage 0 alone; a run that lost its end makes the same; another corpus adds to the lexicon."""
+    (tmp_path / "more.txt").write_text("Foxes, quickly.\n", encoding="utf-8")
+    recipe = str(world(tmp_path, tiny_backbones))
+    settings = [*LETTERS, f"warm_start.lexicon=[{tmp_path / 'more.txt'}]", "stages.0.ctc_share=0"]
+    settings += ["stages.1.tasks={emotion: 1}", "stages.2.tasks={emotion: 1, dialogue: 2}"]
+    final = run(load_recipe(recipe, settings), tmp_path / "run")
+    weights = load_file(final / "model.safetensors")
+    model = DualSLMForConditionalGeneration.from_pretrained(final)
+    adapter = model.linguistic_adapter
+    known = {word[1:] for word, count, _ in adapter.lexicon.rows(adapter.alphabet) if count}
+    assert {"foxes", "quickly", "lazy", "fox"} <= known
+    assert model.config.linguistic_lexicon_size == len(weights["linguistic_adapter.lexicon.counts"]) > len(known)
+    stages = ["stage-0", "stage-1-joint", "stage-2-disentangle", "stage-3-holistic"]
+    before, *after = (load_file(tmp_path / "run" / stage / "final" / "model.safetensors") for stage in stages)
+    for name, tensor in before.items():
+        assert name.startswith("paralinguistic") or all(torch.equal(tensor, later[name]) for later in after)
+    for folder in ("final", "stage-3-holistic", "stage-2-disentangle"):
+        shutil.rmtree(tmp_path / "run" / folder)
+    again = load_file(run(load_recipe(recipe, settings), tmp_path / "run", resume=True) / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+    write_table([row | {"transcript": "hello"} for row in read_table(tmp_path / "t.parquet")], tmp_path / "t.parquet")
+    on = ["stages=[]", f"model.start_from={final}", "model.config={}", "warm_start.caption_steps=0", *LETTERS[:2]]
+    second = DualSLMForConditionalGeneration.from_pretrained(run(load_recipe(recipe, on), tmp_path / "second"))
+    adapter = second.linguistic_adapter
+    assert known | {"hello"} <= {word[1:] for word, count, _ in adapter.lexicon.rows(adapter.alphabet) if count}
+    with pytest.raises(ValueError, match=r"writes letters: give warm_start\.pieces="):
+        run(load_recipe(recipe, [*on, "warm_start.pieces=[60]"]), tmp_path / "third")
+
+
+def test_a_checkpoint_gets_letters_and_keeps_its_voice(finished, tmp_path):
+    folder, final = finished
+    on = ["stages=[]", f"model.start_from={final}", "warm_start.caption_steps=0", *LETTERS[:2]]
+    on += ["model.config={linguistic_adapter_type: letters, linguistic_ctc_vocab_size: 0, linguistic_hidden_size: 48}"]
+    made = run(load_recipe(str(folder / "recipe.yaml"), on), tmp_path / "run")
+    old, new = (load_file(f / "model.safetensors") for f in (final, made))
+    voice = [name for name in old if name.startswith("paralinguistic")]
+    assert voice and all(torch.equal(old[name], new[name]) for name in voice)
+    model = DualSLMForConditionalGeneration.from_pretrained(made)
+    assert model.config.linguistic_adapter_type == "letters" and model.linguistic_adapter.linear_1.out_features == 48
+    assert DualSLMProcessor.from_pretrained(made).linguistic_adapter_type == "letters"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["warm_start.pieces=[60]"], "one number of warm_start.steps and no warm_start.pieces"),
+        (["warm_start.steps=[1, 2]"], "one number of warm_start.steps and no warm_start.pieces"),
+        (["stages.0.ctc_share=0.1"], "learns in stage 0 alone, without ctc_share"),
+        (["model.adapters=paper", "warm_start.enabled=false"], "letters needs model.adapters: warm_start"),
+    ],
+)
+def test_letters_refuse_what_they_do_not_have(settings, message, tiny_backbones, tmp_path):
+    recipe = str(world(tmp_path, tiny_backbones))
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe, [*LETTERS, "stages.0.ctc_share=0", *settings])
 
 
 def test_stage_0_goes_on_from_the_words_of_a_checkpoint_that_fits(tiny_backbones, tmp_path):
