@@ -240,7 +240,7 @@ def test_a_corpus_of_fewer_pieces_than_asked_for_makes_a_checkpoint_that_loads(t
     ("changes", "message"),
     [
         ({"split": "train"}, "the tables have rows of train, and training needs train and validation"),
-        ({"transcript": "добрый день"}, "no transcript is in the letters a to z"),
+        ({"transcript": "добрый день"}, "no transcript is in the letters .* which words are spelled in"),
     ],
 )
 def test_what_training_cannot_use_is_told_with_its_cure(tiny_backbones, tmp_path, changes, message):
@@ -769,6 +769,19 @@ def test_a_run_with_letters_goes_on_and_learns_more_words(tiny_backbones, tmp_pa
     assert known | {"hello"} <= {word[1:] for word, count, _ in adapter.lexicon.rows(adapter.alphabet) if count}
     with pytest.raises(ValueError, match=r"writes letters: give warm_start\.pieces="):
         run(load_recipe(recipe, [*on, "warm_start.pieces=[60]"]), tmp_path / "third")
+
+
+def test_letters_may_be_those_of_any_language(tiny_backbones, tmp_path):
+    recipe = str(world(tmp_path, tiny_backbones))
+    rows = [row | {"transcript": "Ёлки: это – добрый день!"} for row in read_table(tmp_path / "t.parquet")]
+    write_table(rows, tmp_path / "t.parquet")
+    settings = [*LETTERS, "stages=[]", "model.config.linguistic_letters=' абвгдеёжзийклмнопрстуфхцчшщъыьэюя'"]
+    final = run(load_recipe(recipe, settings), tmp_path / "run")
+    model = DualSLMForConditionalGeneration.from_pretrained(final)
+    adapter, tokenizer = model.linguistic_adapter, DualSLMProcessor.from_pretrained(final).tokenizer
+    assert tokenizer.decode(adapter.lexicon.tokens("новое это слово", adapter.alphabet)) == " новое это слово"
+    known = {word for word, count, _ in adapter.lexicon.rows(adapter.alphabet) if count}
+    assert known <= {" ёлки", " это", " добрый", " день"}
 
 
 def test_a_checkpoint_gets_letters_and_keeps_its_voice(finished, tmp_path):

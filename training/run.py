@@ -53,6 +53,7 @@ from .trainer import (
     with_stage_sources,
 )
 from .warm_start import (
+    ALPHABET,
     Letters,
     Speller,
     caption_targets,
@@ -280,10 +281,9 @@ def _synthesised(recipe: Recipe, folder: Path) -> Path:
     return table
 
 
-def training_texts(rows: list[dict]) -> collections.Counter:
-    """How often each word is said in the training rows and the package's sentences: what the pieces are chosen by."""
-    texts = [row["transcript"] for row in rows if row["transcript"]] + read_texts(None)
-    return collections.Counter(word for text in texts for word in normalize(text))
+def word_counts(texts: Iterable[str], alphabet: str = ALPHABET) -> collections.Counter:
+    """How often each word is said: what the pieces are chosen by, and how likely a word is to letters."""
+    return collections.Counter(word for text in texts for word in normalize(text, alphabet))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -297,12 +297,13 @@ def word_errors(model, store: FeatureStore, rows: list[dict], processor: DualSLM
 
     said, heard = [], []
     adapter, embedding = model.linguistic_adapter, model.get_input_embeddings()
+    alphabet = model.config.linguistic_letters
     with torch.inference_mode():
         for row in rows:
             frames = store.get(row)[None]
             _, _, ids, _ = adapter(frames, torch.tensor([frames.shape[1]]), embedding)
-            said.append(" ".join(normalize(row["transcript"])))
-            heard.append(" ".join(normalize(processor.decode(ids))))
+            said.append(" ".join(normalize(row["transcript"], alphabet)))
+            heard.append(" ".join(normalize(processor.decode(ids), alphabet)))
     return jiwer.wer(said, heard)
 
 
@@ -389,42 +390,45 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
         )
     clips = own_clips(data.train)
     spoken = own_clips([row for row in data.train + data.words if row["transcript"]])
-    odd = [row for row in spoken if not spelled_out(row["transcript"])]
+    alphabet = model.config.linguistic_letters if in_letters else ALPHABET
+    odd = [row for row in spoken if not spelled_out(row["transcript"], alphabet)]
     if odd:
         print(
-            f"{len(odd):,} transcripts have figures or letters that are not a to z, and teach no words; the first is "
-            f"{odd[0]['transcript'][:60]!r}",
+            f"{len(odd):,} transcripts have figures or letters that are none of {alphabet!r}, and teach no words; the first "
+            f"is {odd[0]['transcript'][:60]!r}",
             flush=True,
         )
-        spoken = [row for row in spoken if spelled_out(row["transcript"])]
+        spoken = [row for row in spoken if spelled_out(row["transcript"], alphabet)]
         if not spoken:
             raise ValueError(
-                "no transcript is in the letters a to z, which the warm start spells: other languages take model.adapters: "
-                "paper and warm_start.enabled: false."
+                f"no transcript is in the letters {alphabet!r}, which words are spelled in: name those of the language in "
+                "model.config.linguistic_letters, with linguistic_adapter_type: letters, or take model.adapters: paper and "
+                "warm_start.enabled: false."
             )
-    heard = [row for row in own_clips(data.validation) if row["transcript"] and spelled_out(row["transcript"])]
-    heard = [row for row in heard if normalize(row["transcript"])]
+    heard = [
+        row for row in own_clips(data.validation) if row["transcript"] and spelled_out(row["transcript"], alphabet)
+    ]
+    heard = [row for row in heard if normalize(row["transcript"], alphabet)]
     heard = [row for row in heard if row["corpus"] != "ravdess"][:64]
-    words = training_texts(spoken)
+    said = [row["transcript"] for row in spoken]
     if about.linguistic_from:
         take_linguistic(model, Path(about.linguistic_from))
     adapter = model.linguistic_adapter
-    if in_letters:  # going on, it keeps the words that it knows
-        words.update({word[1:]: count for word, count, _ in adapter.lexicon.rows(adapter.alphabet) if count})
-        for file in about.lexicon:
-            words.update(
-                word for line in Path(file).read_text(encoding="utf-8").splitlines() for word in normalize(line)
-            )
-        put(adapter.lexicon, lexicon_rows(processor.tokenizer, words, adapter.alphabet))
+    if in_letters:
+        lines = [line for file in about.lexicon for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        words = word_counts(said + lines, alphabet)
+        known = {word[1:]: count for word, count, _ in adapter.lexicon.rows(alphabet) if count}
+        words.update(known)  # going on, it keeps the words that it knows
+        put(adapter.lexicon, lexicon_rows(processor.tokenizer, words, alphabet))
     learnt = adapter.soft_tokens.token_ids.tolist() if recipe.model.start_from and not in_letters else []
     for number, (pieces, steps) in enumerate(zip(about.pieces or [0], about.steps, strict=True)):
         # Going on, it keeps its pieces: those of another corpus would not spell the words that this one lacks.
         if in_letters:
-            speller = Letters(adapter.alphabet)
+            speller = Letters(alphabet)
         elif len(learnt) == pieces:
             speller = Speller.of(processor.tokenizer, learnt)
         else:
-            speller = Speller(processor.tokenizer, words, pieces)
+            speller = Speller(processor.tokenizer, word_counts(said + read_texts(None)), pieces)
         log += train_linguistic(
             model,
             store,

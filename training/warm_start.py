@@ -30,6 +30,7 @@ TRIM_EVERY = 10  # steps
 # --------------------------------------------------------------------------------------------------------------------
 
 
+ALPHABET = " abcdefghijklmnopqrstuvwxyz'"
 _UNSPOKEN = re.compile(r"\([^)]*\)|\[[^\]]*\]")
 
 
@@ -38,15 +39,17 @@ def nothing_said(transcript: str) -> bool:
     return not _UNSPOKEN.sub("", transcript).strip()
 
 
-def spelled_out(transcript: str) -> bool:
-    """Whether `normalize` keeps all that is said: it has no figures, and of letters a to z alone."""
-    return nothing_said(transcript) or not re.search(r"[^\W_a-z]", transcript.lower())
+def spelled_out(transcript: str, alphabet: str = ALPHABET) -> bool:
+    """Whether `normalize` keeps all that is said: it has no figures, and no letters but the alphabet's."""
+    said = (letter for letter in transcript.lower() if letter.isalnum())
+    return nothing_said(transcript) or all(letter in alphabet for letter in said)
 
 
-def normalize(text: str) -> list[str]:
+def normalize(text: str, alphabet: str = ALPHABET) -> list[str]:
     """What is said as bare lower-case words: what CTC can hear. Parentheses within a text are read aloud like the rest."""
     text = "" if nothing_said(text) else text.lower().replace("’", "'").replace("-", " ")
-    return [word.strip("'") for word in re.sub(r"[^a-z' ]+", " ", text).split() if word.strip("'")]
+    text = "".join(letter if letter in alphabet else " " for letter in text)
+    return [word.strip("'") for word in text.split() if word.strip("'")]
 
 
 class Speller:
@@ -118,10 +121,10 @@ class Letters:
     """Spells texts in the letters of an alphabet, the space among them."""
 
     def __init__(self, alphabet: str):
-        self.index = {letter: i for i, letter in enumerate(alphabet)}
+        self.alphabet = alphabet
 
     def __call__(self, text: str) -> list[int]:
-        return [self.index[letter] for letter in " ".join(normalize(text)) if letter in self.index]
+        return [self.alphabet.index(letter) for letter in " ".join(normalize(text, self.alphabet))]
 
 
 def lexicon_rows(tokenizer, words: dict[str, int], alphabet: str) -> dict[str, torch.Tensor]:
@@ -133,8 +136,10 @@ def lexicon_rows(tokenizer, words: dict[str, int], alphabet: str) -> dict[str, t
     """
     letters = set(alphabet[1:])
     rows: dict[str, tuple[int, list[int]]] = {}
+    for letter in alphabet[1:]:  # which a byte-level tokenizer may take several tokens for
+        rows[letter] = (0, tokenizer(letter, add_special_tokens=False)["input_ids"])
     for token, number in tokenizer.get_vocab().items():
-        spelling = token.replace("Ġ", " ")
+        spelling = tokenizer.convert_tokens_to_string([token])
         if spelling and letters.issuperset(spelling.removeprefix(" ")):
             rows[spelling] = (0, [number])
     for word, count in words.items():

