@@ -659,6 +659,29 @@ class DualSLMProcessor(ProcessorMixin):
             result[name] = dict(zip(found, (powers / powers.sum()).tolist(), strict=True))
         return result
 
+    def set_hotwords(self, model, words: list[str]) -> None:
+        """Names and terms that are expected in what is said next, in the place of earlier ones; an empty list is none.
+
+        Args:
+            model ([`DualSLMForConditionalGeneration`]): of the same checkpoint, with a linguistic adapter of letters.
+            words: words or phrases.
+
+        Raises:
+            ValueError: this checkpoint's words are no letters, or a word has others than it writes in.
+        """
+        if self.linguistic_adapter_type != "letters":
+            raise ValueError(
+                f"hotwords need a checkpoint with linguistic_adapter_type: letters, and this one's is "
+                f"{self.linguistic_adapter_type}."
+            )
+        adapter, hotwords = model.linguistic_adapter, {}
+        for word in " ".join(words).lower().replace("’", "'").replace("-", " ").split():
+            word = word.strip("'\".,;:!?")
+            if not word or not set(adapter.alphabet[1:]).issuperset(word):
+                raise ValueError(f"the hotword {word!r} is not in the letters {adapter.alphabet!r}.")
+            hotwords[word] = self.tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+        adapter.hotwords = hotwords
+
     def decode_audio(self, features) -> list[dict]:
         """What was heard in each clip, both branches listening.
 

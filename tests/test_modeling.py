@@ -229,7 +229,7 @@ def test_the_search_finds_the_text_that_all_paths_together_make_most_likely(tiny
     """Against the definition: every path of six outputs over three letters, summed over those that collapse to a text."""
     model, _ = make_model(tiny_backbones, kind="letters", linguistic_letters=" abe", linguistic_beam_width=500)
     adapter, generator = model.linguistic_adapter, torch.Generator().manual_seed(0)
-    words, texts = adapter.lexicon.read(" abe"), set()
+    words, texts = adapter.words(), set()
     assert set(words.known) == {"a", "be"}
     for _ in range(12):
         log_probs = (2.0 * torch.randn(6, 5, generator=generator)).log_softmax(-1)
@@ -267,7 +267,16 @@ def test_letters_are_spelled_into_words_that_are_known_and_others_as_they_are_he
     assert heard(*clear("ddo_gg")) == "dog"
     assert heard(*clear("d_d")) == "dd"
     assert heard(*clear("____")) == ""
-    tokens = adapter.lexicon.tokens("the fox zuxy", adapter.alphabet)
+    processor.set_hotwords(model, ["Zux", "zox-trap"])
+    assert heard(*clear("the z"), {"u": 0.3, "o": 0.7}, *clear("x_")) == "the zox"
+    assert heard(*clear("the z"), {"u": 0.9, "o": 0.1}, *clear("x_")) == "the zux"
+    processor.set_hotwords(model, ["zux"])
+    assert heard(*clear("the z"), {"u": 0.3, "o": 0.7}, *clear("x_")) == "the zux"
+    with pytest.raises(ValueError, match="the hotword 'r2d2' is not in the letters"):
+        processor.set_hotwords(model, ["R2D2"])
+    processor.set_hotwords(model, [])
+    assert heard(*clear("the z"), {"u": 0.3, "o": 0.7}, *clear("x_")) == "the zox"
+    tokens = adapter.words().tokens("the fox zuxy")
     assert tokens[:2] == processor.tokenizer(" the fox", add_special_tokens=False)["input_ids"][: len(tokens[:2])]
     assert processor.tokenizer.decode(tokens) == " the fox zuxy"
 
@@ -277,7 +286,7 @@ def test_an_empty_lexicon_says_what_fills_it(tiny_backbones):
     for name, buffer in dict(model.linguistic_adapter.lexicon.named_buffers()).items():
         setattr(model.linguistic_adapter.lexicon, name, buffer[:0])
     with pytest.raises(ValueError, match="Stage 0 of training fills it"):
-        model.linguistic_adapter.lexicon.tokens("fox", model.config.linguistic_letters)
+        model.linguistic_adapter.words().tokens("fox")
 
 
 def test_long_audio_is_encoded_whole(tiny):

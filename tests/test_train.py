@@ -779,7 +779,7 @@ def test_letters_may_be_those_of_any_language(tiny_backbones, tmp_path):
     final = run(load_recipe(recipe, settings), tmp_path / "run")
     model = DualSLMForConditionalGeneration.from_pretrained(final)
     adapter, tokenizer = model.linguistic_adapter, DualSLMProcessor.from_pretrained(final).tokenizer
-    assert tokenizer.decode(adapter.lexicon.tokens("новое это слово", adapter.alphabet)) == " новое это слово"
+    assert tokenizer.decode(adapter.words().tokens("новое это слово")) == " новое это слово"
     known = {word for word, count, _ in adapter.lexicon.rows(adapter.alphabet) if count}
     assert known <= {" ёлки", " это", " добрый", " день"}
 

@@ -97,6 +97,8 @@ def reply(args: argparse.Namespace) -> None:
         if not Path(file).is_file() and "://" not in file:
             raise FileNotFoundError(f"{file}: no such file.")
     model, processor = load(args)
+    if args.hotwords:
+        processor.set_hotwords(model, args.hotwords)
     generation = {"max_new_tokens": args.max_new_tokens}
     if args.temperature > 0:
         generation |= {"do_sample": True, "temperature": args.temperature}
@@ -467,6 +469,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model_arguments(sub)
     sub.add_argument("--json", action="store_true", help="one JSON object for each turn")
     sub.add_argument("--system", default=None, help="system prompt")
+    sub.add_argument("--hotwords", nargs="+", default=[], metavar="WORD", help="names and terms that are expected")
     sub.add_argument("--say", default=None, help="text added to every spoken turn, for example a question about it")
     sub.add_argument("--max-new-tokens", type=int, default=96)
     sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")

@@ -171,7 +171,8 @@ def moods(clips: list[dict], texts: dict[str, list[str]], journal: Journal) -> I
 def release(run: Path, card: Path) -> None:
     """A run's `final` as a folder of model_cards, the large matrices in half precision: all are loaded in float32."""
     tensors = load_file(run / "final/model.safetensors")
-    tensors = {name: t.half() if t.numel() > 2**18 and t.ndim == 2 else t for name, t in tensors.items()}
+    large = {name for name, t in tensors.items() if t.numel() > 2**18 and t.ndim > 1 and t.is_floating_point()}
+    tensors = {name: t.half() if name in large else t for name, t in tensors.items()}
     card.mkdir(parents=True, exist_ok=True)
     for file in (run / "final").iterdir():
         if file.name != "model.safetensors":

@@ -308,7 +308,7 @@ class DualSLMConfig(PreTrainedConfig):
         text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
         values = {"audio_config": audio, "audio_model_id": "whisper-base"}
         values |= {"text_config": text, "text_model_id": "smollm2-135m-instruct"}
-        return cls(**(values | WARM_START_ADAPTERS | overrides))
+        return cls(**(values | WARM_START_ADAPTERS | LETTER_ADAPTER | overrides))
 
 
 # EmoSLLM (arXiv 2508.14130): QPMapper, the transcript as text, LoRA on the LLM.

@@ -333,6 +333,11 @@ class LetterAdapter(nn.Module):
         self.dropout = nn.Dropout(config.linguistic_dropout)
         self.letters = nn.Linear(hidden, self.rate * (len(self.alphabet) + 1))
         self.lexicon = Lexicon(config.linguistic_lexicon_size)
+        self.hotwords: dict[str, list[int]] = {}  # words that are expected -> their tokens
+
+    def words(self) -> "Words":
+        """The lexicon, and the words that are expected, to be looked up."""
+        return self.lexicon.read(self.alphabet, self.hotwords)
 
     def output_lengths(self, lengths: torch.Tensor) -> torch.Tensor:
         """Placeholders of a clip: more than its words need."""
@@ -360,13 +365,10 @@ class LetterAdapter(nn.Module):
         with torch.no_grad():
             log_probs = self.logits(states, lengths).float().log_softmax(-1).cpu()
             sizes = self.output_lengths(lengths).tolist()
+            words = self.words()
             heard = [
-                self.lexicon.tokens(text, self.alphabet)[:size]
-                for text, size in zip(
-                    [self.search(p[: size * self.rate]) for p, size in zip(log_probs, sizes, strict=True)],
-                    sizes,
-                    strict=True,
-                )
+                words.tokens(self.search(clip[: size * self.rate]))[:size]
+                for clip, size in zip(log_probs, sizes, strict=True)
             ]
             counts = torch.tensor([len(ids) for ids in heard], device=states.device)
             tokens = torch.tensor([i for ids in heard for i in ids], dtype=torch.long, device=states.device)
@@ -378,7 +380,7 @@ class LetterAdapter(nn.Module):
         Args:
             log_probs: (T', letters + 1), the blank last.
         """
-        blank, words = len(self.alphabet), self.lexicon.read(self.alphabet)
+        blank, words = len(self.alphabet), self.words()
         beams = {
             "": (0.0, -math.inf, 0.0)
         }  # text -> log-probability that ends in a blank, in a letter; score of its words
@@ -465,39 +467,32 @@ class Lexicon(nn.Module):
             for letters, count, ids in rows
         ]
 
-    def read(self, alphabet: str) -> "Words":
-        """The rows as they are now, to be looked up."""
-        state = (self.spellings.data_ptr(), self.spellings._version, len(self.counts))
+    def read(self, alphabet: str, hotwords: dict[str, list[int]]) -> "Words":
+        """The rows as they are now, and words that are expected."""
+        state = (self.spellings.data_ptr(), self.spellings._version, len(self.counts), tuple(hotwords))
         if self._read[0] != state:
-            self._read = (state, Words(self.rows(alphabet)))
+            self._read = (state, Words(self.rows(alphabet), hotwords))
         return self._read[1]
-
-    def tokens(self, text: str, alphabet: str) -> list[int]:
-        """The LLM's tokens of a text."""
-        words = self.read(alphabet)
-        return [token for word in text.split() for token in words.spell(word)]
 
 
 class Words:
     """How likely words are, by the rows of a [`Lexicon`], and how the LLM spells them.
 
-    A word of the lexicon scores by how often it is said, any other by its length; the numbers were chosen on validation
-    speakers, where twice or half of each makes little difference.
+    A word of the lexicon scores by how often it is said, one that is expected (`hotwords`) above all of them, any other by
+    its length. The numbers were chosen on validation speakers, where half as much again makes little difference.
     """
 
-    weight, bonus, strange, letter = 0.35, 2.0, -4.0, -1.0
+    weight, bonus, strange, letter, expected = 0.35, 2.0, -4.0, -1.0, 1.0
 
-    def __init__(self, rows: list[tuple[str, int, list[int]]]):
-        self.ids = {spelling: ids for spelling, _, ids in rows}
+    def __init__(self, rows: list[tuple[str, int, list[int]]], hotwords: dict[str, list[int]]):
+        self.ids = {spelling: ids for spelling, _, ids in rows} | {" " + word: ids for word, ids in hotwords.items()}
         total = sum(count for _, count, _ in rows)
-        self.known: dict[str, float] = {}
+        self.known = {row[1:]: self.weight * math.log(count / total) for row, count, _ in rows if count}
+        self.known |= dict.fromkeys(hotwords, self.expected)
         self.begun: dict[str, float] = {}
-        for spelling, count, _ in rows:
-            if count:
-                word, score = spelling[1:], self.weight * math.log(count / total)
-                self.known[word] = score
-                for end in range(1, len(word) + 1):
-                    self.begun[word[:end]] = max(score, self.begun.get(word[:end], -math.inf))
+        for word, score in self.known.items():
+            for end in range(1, len(word) + 1):
+                self.begun[word[:end]] = max(score, self.begun.get(word[:end], -math.inf))
 
     def score(self, word: str) -> float:
         """Of a whole word."""
@@ -506,6 +501,10 @@ class Words:
     def best(self, beginning: str) -> float:
         """Of the best word that begins so."""
         return self.bonus + max(self.begun.get(beginning, -math.inf), self.strange + self.letter * len(beginning))
+
+    def tokens(self, text: str) -> list[int]:
+        """The LLM's tokens of a text."""
+        return [token for word in text.split() for token in self.spell(word)]
 
     def spell(self, word: str) -> list[int]:
         """Its tokens; those of the longest pieces if it is not in the lexicon."""
