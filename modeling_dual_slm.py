@@ -34,7 +34,7 @@ from .configuration_dual_slm import DualSLMConfig
 
 logger = logging.get_logger(__name__)
 
-_LEAST_LETTER = -7.0  # log-probability below which a letter begins no beam
+_LEAST_LETTER = math.log(0.01)  # a letter that is less likely is not heard, however long the noise goes on
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
@@ -367,7 +367,7 @@ class LetterAdapter(nn.Module):
             sizes = self.output_lengths(lengths).tolist()
             words = self.words()
             heard = [
-                words.tokens(self.search(clip[: size * self.rate]))[:size]
+                words.tokens(self.search(clip[: size * self.rate]), size)
                 for clip, size in zip(log_probs, sizes, strict=True)
             ]
             counts = torch.tensor([len(ids) for ids in heard], device=states.device)
@@ -407,7 +407,9 @@ class LetterAdapter(nn.Module):
                     add(text + letter, -math.inf, before + p, score + ended)
             if len(grown) > self.beam_width:  # an unfinished word counts as the best one that it can become
                 ranks = {
-                    text: _log_add(a, b) + score + (words.best(text.rpartition(" ")[2]) if text[-1:] != " " else 0.0)
+                    text: _log_add(a, b)
+                    + score
+                    + (words.best(text.rpartition(" ")[2]) if text[-1:] not in ("", " ") else 0.0)
                     for text, (a, b, score) in grown.items()
                 }
                 grown = {text: grown[text] for text in sorted(ranks, key=ranks.get, reverse=True)[: self.beam_width]}
@@ -447,7 +449,8 @@ class Lexicon(nn.Module):
     Args:
         size: how many rows the buffers have. `spellings` are letters of the alphabet, counted from 1, with 0 behind the end:
             a row that begins with a space is a word or begins one, any other goes on within a word. `counts` says how often
-            a text has the word (0: no word, a piece of other words), `token_ids` what it is to the LLM, -1 behind the end.
+            a text has the word (0: no word, a piece of other words), `token_ids` what it is to the LLM, -1 behind the end; a
+            word that takes more tokens has none, and is spelled by pieces.
     """
 
     longest, most = 20, 4  # letters and tokens of a row
@@ -457,7 +460,7 @@ class Lexicon(nn.Module):
         self.register_buffer("spellings", torch.zeros(size, self.longest, dtype=torch.uint8))
         self.register_buffer("counts", torch.zeros(size, dtype=torch.int32))
         self.register_buffer("token_ids", torch.full((size, self.most), -1, dtype=torch.int32))
-        self._read: tuple = (None, None)
+        self._read: tuple = ([], None, None)  # what the words were made of, and the words
 
     def rows(self, alphabet: str) -> list[tuple[str, int, list[int]]]:
         """(spelling, count, token ids) of each row."""
@@ -469,10 +472,12 @@ class Lexicon(nn.Module):
 
     def read(self, alphabet: str, hotwords: dict[str, list[int]]) -> "Words":
         """The rows as they are now, and words that are expected."""
-        state = (self.spellings.data_ptr(), self.spellings._version, len(self.counts), tuple(hotwords))
-        if self._read[0] != state:
-            self._read = (state, Words(self.rows(alphabet), hotwords))
-        return self._read[1]
+        before, expected, words = self._read
+        now = [buffer.cpu() for buffer in self.buffers()]
+        if words is None or expected != hotwords or not all(map(torch.equal, before, now)):
+            words = Words(self.rows(alphabet), hotwords)
+            self._read = ([buffer.clone() for buffer in now], dict(hotwords), words)
+        return words
 
 
 class Words:
@@ -485,7 +490,8 @@ class Words:
     weight, bonus, strange, letter, expected = 0.35, 2.0, -4.0, -1.0, 1.0
 
     def __init__(self, rows: list[tuple[str, int, list[int]]], hotwords: dict[str, list[int]]):
-        self.ids = {spelling: ids for spelling, _, ids in rows} | {" " + word: ids for word, ids in hotwords.items()}
+        self.ids = {spelling: ids for spelling, _, ids in rows if ids}
+        self.ids |= {" " + word: ids for word, ids in hotwords.items()}
         total = sum(count for _, count, _ in rows)
         self.known = {row[1:]: self.weight * math.log(count / total) for row, count, _ in rows if count}
         self.known |= dict.fromkeys(hotwords, self.expected)
@@ -502,9 +508,16 @@ class Words:
         """Of the best word that begins so."""
         return self.bonus + max(self.begun.get(beginning, -math.inf), self.strange + self.letter * len(beginning))
 
-    def tokens(self, text: str) -> list[int]:
-        """The LLM's tokens of a text."""
-        return [token for word in text.split() for token in self.spell(word)]
+    def tokens(self, text: str, limit: int | None = None) -> list[int]:
+        """The LLM's tokens of a text, of as many words as there is room for."""
+        tokens: list[int] = []
+        for word in text.split():
+            spelled = self.spell(word)
+            if limit is not None and len(tokens) + len(spelled) > limit:
+                logger.warning_once(f"no room for {word!r} and what follows: {limit} positions for {text!r}")
+                break
+            tokens += spelled
+        return tokens
 
     def spell(self, word: str) -> list[int]:
         """Its tokens; those of the longest pieces if it is not in the lexicon."""

@@ -56,6 +56,13 @@ def test_every_field_survives_a_round_trip(tmp_path):
         ({"encoder_padding": "none"}, "encoder_padding is 'none'; it must be one of max_length, real"),
         ({"paralinguistic_pooling": "max"}, "must be one of adaptive, statistics"),
         ({"num_paralinguistic_tokens": 0}, "num_paralinguistic_tokens is 0"),
+        ({"linguistic_letters": "abc"}, "it begins with the space"),
+        ({"linguistic_letters": " aa"}, "each lower-case letter once"),
+        ({"linguistic_hidden_size": 30}, "a linguistic_hidden_size that is a multiple of 8, not 30"),
+        (
+            {"linguistic_soft_residual": True, "linguistic_ctc_vocab_size": 9},
+            "letters has no linguistic_ctc_vocab_size",
+        ),
         ({"paralinguistic_num_heads": 7, "paralinguistic_num_layers": 1}, "no multiple of paralinguistic_num_heads=7"),
     ],
 )

@@ -232,7 +232,7 @@ def test_the_search_finds_the_text_that_all_paths_together_make_most_likely(tiny
     words, texts = adapter.words(), set()
     assert set(words.known) == {"a", "be"}
     for _ in range(12):
-        log_probs = (2.0 * torch.randn(6, 5, generator=generator)).log_softmax(-1)
+        log_probs = torch.randn(6, 5, generator=generator).clamp(-1.5).log_softmax(-1)
         totals = collections.defaultdict(list)
         for path in itertools.product(range(5), repeat=6):
             text = "".join(" abe"[i] for i, _ in itertools.groupby(path) if i < 4)
@@ -244,7 +244,7 @@ def test_the_search_finds_the_text_that_all_paths_together_make_most_likely(tiny
         }
         texts.add(adapter.search(log_probs))
         assert adapter.search(log_probs) == max(scores, key=scores.get).strip()
-    assert len(texts) > 5
+    assert len(texts) > 3
 
 
 def test_letters_are_spelled_into_words_that_are_known_and_others_as_they_are_heard(tiny_backbones):
@@ -267,6 +267,7 @@ def test_letters_are_spelled_into_words_that_are_known_and_others_as_they_are_he
     assert heard(*clear("ddo_gg")) == "dog"
     assert heard(*clear("d_d")) == "dd"
     assert heard(*clear("____")) == ""
+    assert heard(*[{"_": 0.99, "a": 0.005}] * 600) == ""  # noise, however long
     processor.set_hotwords(model, ["Zux", "zox-trap"])
     assert heard(*clear("the z"), {"u": 0.3, "o": 0.7}, *clear("x_")) == "the zox"
     assert heard(*clear("the z"), {"u": 0.9, "o": 0.1}, *clear("x_")) == "the zux"

@@ -32,7 +32,7 @@ from dual_slm.training.corpora.schema import make_row, read_table, write_table
 from dual_slm.training.err import Sources, draw_sources
 from dual_slm.training.features import FeatureStore, augmented
 from dual_slm.training.recipe import RECIPES, StageRecipe, load_recipe
-from dual_slm.training.run import load_data, run, take_linguistic, warm_start
+from dual_slm.training.run import load_data, plan, run, take_linguistic, warm_start
 from dual_slm.training.run import make_model as training_model
 from dual_slm.training.tasks import label_sets
 from dual_slm.training.trainer import (
@@ -771,6 +771,31 @@ def test_a_run_with_letters_goes_on_and_learns_more_words(tiny_backbones, tmp_pa
         run(load_recipe(recipe, [*on, "warm_start.pieces=[60]"]), tmp_path / "third")
 
 
+def test_the_plan_of_the_released_recipe_knows_letters(tiny_backbones, tmp_path):
+    settings = [*LETTERS, "stages.0.ctc_share=0"]
+    assert "stage 0   6 CTC steps" in plan(
+        load_recipe(str(world(tmp_path, tiny_backbones)), settings), tmp_path / "run"
+    )
+
+
+def test_letters_are_for_checkpoints_of_the_warm_start_without_letters(tiny_backbones, tmp_path):
+    recipe, refused = str(world(tmp_path, tiny_backbones)), "can be given letters"
+    for kind in ("paper", "letters"):
+        model, processor = make_model(tiny_backbones, kind=kind)
+        model.save_pretrained(tmp_path / kind)
+        processor.save_pretrained(tmp_path / kind)
+        settings = [*LETTERS[:2], "stages=[]", f"model.start_from={tmp_path / kind}"]
+        settings.append("model.config={linguistic_adapter_type: letters}")
+        with pytest.raises(ValueError, match=refused):
+            run(load_recipe(recipe, settings), tmp_path / "run")
+    settings = [*LETTERS[:2], "stages.0.ctc_share=0.1", f"model.start_from={tmp_path / 'letters'}", "model.config={}"]
+    with pytest.raises(ValueError, match="ctc_share has to be 0"):
+        run(load_recipe(recipe, settings), tmp_path / "shared")
+    model, _ = make_model(tiny_backbones, kind="letters", linguistic_letters=" zyxwvutsrqponmlkjihgfedcba'")
+    with pytest.raises(ValueError, match="writes in other letters"):
+        take_linguistic(model, tmp_path / "letters")
+
+
 def test_letters_may_be_those_of_any_language(tiny_backbones, tmp_path):
     recipe = str(world(tmp_path, tiny_backbones))
     rows = [row | {"transcript": "Ёлки: это – добрый день!"} for row in read_table(tmp_path / "t.parquet")]
@@ -780,14 +805,13 @@ def test_letters_may_be_those_of_any_language(tiny_backbones, tmp_path):
     model = DualSLMForConditionalGeneration.from_pretrained(final)
     adapter, tokenizer = model.linguistic_adapter, DualSLMProcessor.from_pretrained(final).tokenizer
     assert tokenizer.decode(adapter.words().tokens("новое это слово")) == " новое это слово"
-    known = {word for word, count, _ in adapter.lexicon.rows(adapter.alphabet) if count}
-    assert known <= {" ёлки", " это", " добрый", " день"}
+    assert set(adapter.words().known) == {"ёлки", "это", "добрый", "день"}  # though they take many tokens here
 
 
 def test_a_checkpoint_gets_letters_and_keeps_its_voice(finished, tmp_path):
     folder, final = finished
     on = ["stages=[]", f"model.start_from={final}", "warm_start.caption_steps=0", *LETTERS[:2]]
-    on += ["model.config={linguistic_adapter_type: letters, linguistic_ctc_vocab_size: 0, linguistic_hidden_size: 48}"]
+    on += ["model.config={linguistic_adapter_type: letters, linguistic_hidden_size: 48}"]
     made = run(load_recipe(str(folder / "recipe.yaml"), on), tmp_path / "run")
     old, new = (load_file(f / "model.safetensors") for f in (final, made))
     voice = [name for name in old if name.startswith("paralinguistic")]
@@ -804,6 +828,7 @@ def test_a_checkpoint_gets_letters_and_keeps_its_voice(finished, tmp_path):
         (["warm_start.steps=[1, 2]"], "one number of warm_start.steps and no warm_start.pieces"),
         (["stages.0.ctc_share=0.1"], "learns in stage 0 alone, without ctc_share"),
         (["model.adapters=paper", "warm_start.enabled=false"], "letters needs model.adapters: warm_start"),
+        (["model.config={}"], "warm_start.pieces is empty, and only linguistic_adapter_type: letters has none"),
     ],
 )
 def test_letters_refuse_what_they_do_not_have(settings, message, tiny_backbones, tmp_path):

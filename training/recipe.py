@@ -294,6 +294,8 @@ def _check(recipe: Recipe, where: str) -> None:
             faults.append("linguistic_adapter_type: letters learns in stage 0 alone, without ctc_share")
     elif recipe.warm_start.pieces and len(recipe.warm_start.pieces) != len(recipe.warm_start.steps):
         faults.append("warm_start.pieces and warm_start.steps are not equally long")
+    elif not recipe.warm_start.pieces and recipe.model.start_from is None and recipe.model.adapters == "warm_start":
+        faults.append("warm_start.pieces is empty, and only linguistic_adapter_type: letters has none")
     if len({stage.name for stage in recipe.stages}) < len(recipe.stages) or not all(s.name for s in recipe.stages):
         faults.append("every stage needs a name of its own")
     if recipe.train.shard_llm and (recipe.model.load_in_4bit or recipe.model.adapters == "emosllm"):

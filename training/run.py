@@ -37,7 +37,7 @@ from .corpora.schema import Report, check_rows, read_table, share, write_table
 from .corpora.synthesis import build, read_texts
 from .evaluation.metrics import score
 from .features import FRAMES_PER_SECOND, FeatureStore, augmented
-from .journal import Journal, write_json
+from .journal import Journal, write_json, write_text
 from .prompts import PROMPTS
 from .recipe import DataRecipe, Recipe, StageRecipe
 from .tasks import ATTRIBUTES, label_sets, lend_histories, tasks_of
@@ -101,7 +101,14 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
             )
         model = DualSLMForConditionalGeneration.from_pretrained(about.start_from, **options)
         if anew:
-            model.config = DualSLMConfig.from_dict(model.config.to_dict() | about.config)
+            fits = processor.caption_slots is not None and "Ġ" in processor.tokenizer.get_vocab()
+            if not fits or model.config.linguistic_adapter_type == "letters":
+                raise ValueError(
+                    "model.start_from: a checkpoint of the warm start that has no letters yet can be given letters, and "
+                    f"{about.start_from} is none."
+                )
+            fields = model.config.to_dict() | LETTER_ADAPTER | {"linguistic_soft_residual": False} | about.config
+            model.config = DualSLMConfig.from_dict(fields)
             torch.manual_seed(recipe.train.seed)
             model.linguistic_adapter = LetterAdapter(model.config).apply(model._init_weights)
             processor.linguistic_adapter_type = model.config.linguistic_adapter_type
@@ -177,6 +184,7 @@ class Data:
     validation: list[dict]
     fingerprint: str
     words: list[dict] = field(default_factory=list)  # more to hear words in, for stage 0 alone
+    lines: list[str] = field(default_factory=list)  # texts whose words the lexicon has
 
 
 def load_data(recipe: Recipe, folder: Path, config, device: torch.device | str = "cpu") -> Data:
@@ -194,6 +202,8 @@ def load_data(recipe: Recipe, folder: Path, config, device: torch.device | str =
     starts = recipe.warm_start.enabled and recipe.warm_start.tables
     words = (row for row in read_table(*recipe.warm_start.tables) if row["split"] == "train") if starts else ()
     words = _with_audio(words, about)
+    files = recipe.warm_start.lexicon if recipe.warm_start.enabled else []
+    lines = [line for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()]
     kept = {row["split"] for row in rows}
     if kept != {"train", "validation"}:
         raise ValueError(
@@ -228,6 +238,7 @@ def load_data(recipe: Recipe, folder: Path, config, device: torch.device | str =
     for row in rows + words:
         labels = [row[name] for name in ATTRIBUTES]
         digest.update(f"{row['id']}\t{row['split']}\t{row['transcript']}\t{row['response']}\t{labels}\n".encode())
+    digest.update("\n".join(lines).encode())
     split = {name: [row for row in rows if row["split"] == name] for name in ("train", "validation")}
     named = {*about.augment, *(corpus for stage in recipe.stages for corpus in stage.repeat)}
     if unknown := sorted(named - {row["corpus"] for row in split["train"]}):
@@ -236,7 +247,7 @@ def load_data(recipe: Recipe, folder: Path, config, device: torch.device | str =
     train, borders = list(split["train"]), Thresholds(**thresholds) if thresholds else None
     for row in split["train"]:
         train += [augmented(row, copy, borders) for copy in range(1, about.augment.get(row["corpus"], 0) + 1)]
-    return Data(train, split["validation"], digest.hexdigest(), words)
+    return Data(train, split["validation"], digest.hexdigest(), words, lines)
 
 
 def _with_audio(rows: Iterable[dict], about: DataRecipe) -> list[dict]:
@@ -339,6 +350,9 @@ def take_linguistic(model, checkpoint: Path) -> None:
     for side in ("audio", "text"):
         if config[f"{side}_model_fingerprint"] != getattr(model.config, f"{side}_model_fingerprint"):
             raise ValueError(f"warm_start.linguistic_from: {checkpoint} was trained with another {side} backbone.")
+    letters = config.get("linguistic_letters", model.config.linguistic_letters)
+    if letters != model.config.linguistic_letters:
+        raise ValueError(f"warm_start.linguistic_from: {checkpoint} writes in other letters, {letters!r}.")
     adapter = model.linguistic_adapter
     buffers = dict(adapter.named_buffers())  # pieces and words: as many as there were
     known = {name: tensor.shape for name, tensor in adapter.state_dict().items() if name not in buffers}
@@ -356,6 +370,30 @@ def put(module, state: dict[str, torch.Tensor]) -> None:
         place, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(place), leaf, state[name])
     module.load_state_dict(state, strict=False)
+
+
+def check_words(recipe: Recipe, config: DualSLMConfig) -> None:
+    """That stage 0 and the kept shares are those of the model's linguistic adapter.
+
+    Raises:
+        ValueError: they are not.
+    """
+    about = recipe.warm_start
+    in_letters, known = config.linguistic_adapter_type == "letters", config.linguistic_ctc_vocab_size
+    if in_letters and any(stage.ctc_share for stage in recipe.stages):
+        raise ValueError("the linguistic adapter writes letters, which learn in stage 0 alone: ctc_share has to be 0.")
+    if not about.enabled or config.linguistic_adapter_type == "none":
+        return
+    if in_letters and (about.pieces or len(about.steps) != 1):
+        raise ValueError(
+            "the linguistic adapter writes letters: give warm_start.pieces=[] and one number of warm_start.steps, or leave "
+            "stage 0 out by warm_start.enabled=false."
+        )
+    if not in_letters and (not known or not about.pieces or about.pieces[-1] != known):
+        raise ValueError(
+            f"warm_start.pieces ends with {(about.pieces or [0])[-1]}, and the linguistic adapter has {known}: name as many "
+            f"(warm_start.pieces=[{known}]), or leave stage 0 out by warm_start.enabled=false."
+        )
 
 
 def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureStore, data: Data) -> list[dict]:
@@ -377,17 +415,6 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
             checkpoint=folder / "queries.pt",
         )
     in_letters = model.config.linguistic_adapter_type == "letters"
-    if in_letters and (about.pieces or len(about.steps) != 1):
-        raise ValueError(
-            "the linguistic adapter writes letters: give warm_start.pieces=[] and one number of warm_start.steps, or leave "
-            "stage 0 out by warm_start.enabled=false."
-        )
-    if not in_letters and (about.pieces or [0])[-1] != model.config.linguistic_ctc_vocab_size:
-        raise ValueError(
-            f"warm_start.pieces ends with {(about.pieces or [0])[-1]}, and the linguistic adapter has "
-            f"{model.config.linguistic_ctc_vocab_size}: name as many (warm_start.pieces="
-            f"[{model.config.linguistic_ctc_vocab_size}]), or leave stage 0 out by warm_start.enabled=false."
-        )
     clips = own_clips(data.train)
     spoken = own_clips([row for row in data.train + data.words if row["transcript"]])
     alphabet = model.config.linguistic_letters if in_letters else ALPHABET
@@ -415,10 +442,9 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
         take_linguistic(model, Path(about.linguistic_from))
     adapter = model.linguistic_adapter
     if in_letters:
-        lines = [line for file in about.lexicon for line in Path(file).read_text(encoding="utf-8").splitlines()]
-        words = word_counts(said + lines, alphabet)
+        words = word_counts(said + data.lines, alphabet)
         known = {word[1:]: count for word, count, _ in adapter.lexicon.rows(alphabet) if count}
-        words.update(known)  # going on, it keeps the words that it knows
+        words |= collections.Counter(known)  # going on, it keeps the words that it knows
         put(adapter.lexicon, lexicon_rows(processor.tokenizer, words, alphabet))
     learnt = adapter.soft_tokens.token_ids.tolist() if recipe.model.start_from and not in_letters else []
     for number, (pieces, steps) in enumerate(zip(about.pieces or [0], about.steps, strict=True)):
@@ -666,13 +692,18 @@ def environment(data: Data) -> dict:
     }
 
 
-def finish(folder: Path, model, processor, log: list[dict]) -> None:
-    """Writes `final/`: complete or not there at all."""
+def _fit_config(model) -> None:
+    """Pieces and words are as many as the corpus has, whatever the recipe asks for."""
     soft = getattr(model.linguistic_adapter, "soft_tokens", None)
-    if soft is not None:  # the words of a small corpus have fewer pieces than the recipe asks for
+    if soft is not None:
         model.config.linguistic_ctc_vocab_size = len(soft.token_ids)
     if model.config.linguistic_adapter_type == "letters":
         model.config.linguistic_lexicon_size = len(model.linguistic_adapter.lexicon.counts)
+
+
+def finish(folder: Path, model, processor, log: list[dict]) -> None:
+    """Writes `final/`: complete or not there at all."""
+    _fit_config(model)
     final, scratch = folder / "final", folder / "final.part"
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch)
@@ -689,6 +720,7 @@ def restore(model, folder: Path) -> None:
     if wrong:
         raise ValueError(f"{folder / 'final'} does not fit the recipe's adapters: {', '.join(sorted(wrong)[:5])}.")
     put(model, state)
+    _fit_config(model)
 
 
 def fit_dtype(recipe: Recipe) -> Recipe:
@@ -723,11 +755,12 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
         if kept.read_text(encoding="utf-8") != recipe.to_yaml():
             raise ValueError(f"the recipe is not the one of {kept}: go on by --recipe {kept}, or repeat its --set.")
     with state.main_process_first():
-        output.mkdir(parents=True, exist_ok=True)
-        if state.is_main_process:
-            kept.write_text(recipe.to_yaml(), encoding="utf-8")
-        recipe = fit_dtype(recipe)
+        asked, recipe = recipe, fit_dtype(recipe)
         model, processor = make_model(recipe)
+        check_words(recipe, model.config)
+        output.mkdir(parents=True, exist_ok=True)
+        if state.is_main_process:  # what is refused so far has not begun
+            write_text(kept, asked.to_yaml())
         data = load_data(recipe, output, model.config, state.device)
         about = environment(data) | {"dtype": recipe.model.dtype}
         known = output / "environment.json"
@@ -821,7 +854,10 @@ def plan(recipe: Recipe, output: str | Path) -> str:
 
     audio = AutoConfig.from_pretrained(resolve_backbone(recipe.model.audio_model_id))
     kinds = {"warm_start": WARM_START_ADAPTERS, "emosllm": EMOSLLM_ADAPTERS}
-    fields = kinds.get(recipe.model.adapters, {}) | recipe.model.config
+    fields = kinds.get(recipe.model.adapters, {})
+    if recipe.model.config.get("linguistic_adapter_type") == "letters":
+        fields = fields | LETTER_ADAPTER
+    fields = fields | recipe.model.config
     store = FeatureStore(Path(output) / "features", DualSLMConfig(audio.to_dict(), **fields), recipe.data.feature_bits)
     copies = [recipe.data.augment.get(row["corpus"], 0) if row["split"] == "train" else 0 for row in used]
     seconds = sum((row["duration"] or 0) * (1 + n) for row, n in zip(used, copies, strict=True)) + 3600 * more_hours

@@ -9,6 +9,7 @@ import ctypes
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -39,15 +40,20 @@ def nothing_said(transcript: str) -> bool:
     return not _UNSPOKEN.sub("", transcript).strip()
 
 
+def _composed(text: str) -> str:
+    """In lower case, and accents in one piece with their letters."""
+    return unicodedata.normalize("NFC", text.lower())
+
+
 def spelled_out(transcript: str, alphabet: str = ALPHABET) -> bool:
     """Whether `normalize` keeps all that is said: it has no figures, and no letters but the alphabet's."""
-    said = (letter for letter in transcript.lower() if letter.isalnum())
+    said = (letter for letter in _composed(transcript) if letter.isalnum())
     return nothing_said(transcript) or all(letter in alphabet for letter in said)
 
 
 def normalize(text: str, alphabet: str = ALPHABET) -> list[str]:
     """What is said as bare lower-case words: what CTC can hear. Parentheses within a text are read aloud like the rest."""
-    text = "" if nothing_said(text) else text.lower().replace("’", "'").replace("-", " ")
+    text = "" if nothing_said(text) else _composed(text).replace("’", "'").replace("-", " ")
     text = "".join(letter if letter in alphabet else " " for letter in text)
     return [word.strip("'") for word in text.split() if word.strip("'")]
 
@@ -138,14 +144,16 @@ def lexicon_rows(tokenizer, words: dict[str, int], alphabet: str) -> dict[str, t
     rows: dict[str, tuple[int, list[int]]] = {}
     for letter in alphabet[1:]:  # which a byte-level tokenizer may take several tokens for
         rows[letter] = (0, tokenizer(letter, add_special_tokens=False)["input_ids"])
+        if len(rows[letter][1]) > Lexicon.most:
+            raise ValueError(f"this tokenizer takes more than {Lexicon.most} tokens for the letter {letter!r}.")
     for token, number in tokenizer.get_vocab().items():
         spelling = tokenizer.convert_tokens_to_string([token])
         if spelling and letters.issuperset(spelling.removeprefix(" ")):
             rows[spelling] = (0, [number])
     for word, count in words.items():
         ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
-        if letters.issuperset(word) and len(ids) <= Lexicon.most:
-            rows[" " + word] = (count, ids)
+        if letters.issuperset(word):
+            rows[" " + word] = (count, ids if len(ids) <= Lexicon.most else [])
     rows = {spelling: row for spelling, row in sorted(rows.items()) if len(spelling) <= Lexicon.longest}
     place = {letter: i for i, letter in enumerate(alphabet, 1)}
     spellings = torch.zeros(len(rows), Lexicon.longest, dtype=torch.uint8)

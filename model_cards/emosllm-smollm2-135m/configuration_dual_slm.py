@@ -1,5 +1,7 @@
 """Configuration of a dual-adapter speech language model."""
 
+import unicodedata
+
 from transformers import AutoConfig, PreTrainedConfig
 
 
@@ -228,9 +230,11 @@ class DualSLMConfig(PreTrainedConfig):
                     f"{name}_soft_residual stands beside soft tokens, and {name}_{vocabulary}_vocab_size is 0."
                 )
         letters = self.linguistic_letters
-        if letters[:1] != " " or len(set(letters)) < len(letters) or letters != letters.lower():
+        once = len(set(letters)) == len(letters) < 255  # counted in bytes
+        if letters[:1] != " " or not once or letters != unicodedata.normalize("NFC", letters.lower()):
             raise ValueError(
-                f"linguistic_letters is {letters!r}; it begins with the space, and has each lower-case letter once."
+                f"linguistic_letters is {letters!r}; it begins with the space, and has each lower-case letter once, at most "
+                "254 in all, accents in one piece with their letters (NFC)."
             )
         if self.linguistic_adapter_type == "letters" and (
             self.linguistic_ctc_vocab_size or self.linguistic_soft_residual or self.linguistic_hidden_size % 8
