@@ -83,7 +83,7 @@ class DualSLMConfig(PreTrainedConfig):
             Convolutions over time of `"letters"`, each over five outputs.
         linguistic_lexicon_size (`int`, defaults to 0):
             Rows of the lexicon of `"letters"`; stage 0 of training fills it.
-        linguistic_beam_width (`int`, defaults to 16):
+        linguistic_beam_width (`int`, defaults to 32):
             Texts that the search of `"letters"` keeps.
         linguistic_soft_residual (`bool`, defaults to `False`):
             As `paralinguistic_soft_residual`, from the mean output of each segment.
@@ -144,7 +144,7 @@ class DualSLMConfig(PreTrainedConfig):
         linguistic_letters: str = " abcdefghijklmnopqrstuvwxyz'",
         linguistic_num_layers: int = 4,
         linguistic_lexicon_size: int = 0,
-        linguistic_beam_width: int = 16,
+        linguistic_beam_width: int = 32,
         linguistic_soft_residual: bool = False,
         caption_template: str | None = None,
         attribute_labels: dict[str, list[str]] | None = None,

@@ -321,6 +321,7 @@ class LetterAdapter(nn.Module):
     """
 
     residual = None
+    certainty = 0.5  # of the letters, which are surer than they are right: else no word is weighed against them
 
     def __init__(self, config: DualSLMConfig):
         super().__init__()
@@ -363,7 +364,7 @@ class LetterAdapter(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         """See [`LinguisticAdapter`]: the embeddings are the LLM's own of the words that are heard."""
         with torch.no_grad():
-            log_probs = self.logits(states, lengths).float().log_softmax(-1).cpu()
+            log_probs = (self.certainty * self.logits(states, lengths).float()).log_softmax(-1).cpu()
             sizes = self.output_lengths(lengths).tolist()
             words = self.words()
             heard = [
