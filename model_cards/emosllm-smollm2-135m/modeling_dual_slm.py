@@ -382,9 +382,8 @@ class LetterAdapter(nn.Module):
             log_probs: (T', letters + 1), the blank last.
         """
         blank, words = len(self.alphabet), self.words()
-        beams = {
-            "": (0.0, -math.inf, 0.0)
-        }  # text -> log-probability that ends in a blank, in a letter; score of its words
+        # Text -> the log-probability that it ends in a blank, and in a letter; the score of its words that have ended.
+        beams = {"": (0.0, -math.inf, 0.0)}
         for frame in log_probs.tolist():
             grown: dict[str, tuple[float, float, float]] = {}
 
@@ -404,24 +403,25 @@ class LetterAdapter(nn.Module):
                         before = both
                     if before == -math.inf or (letter == " " and text[-1:] in ("", " ")):
                         continue
-                    ended = words.score(text.rpartition(" ")[2]) if letter == " " else 0.0
+                    ended = words.score(_last_word(text)) if letter == " " else 0.0
                     add(text + letter, -math.inf, before + p, score + ended)
             if len(grown) > self.beam_width:  # an unfinished word counts as the best one that it can become
-                ranks = {
-                    text: _log_add(a, b)
-                    + score
-                    + (words.best(text.rpartition(" ")[2]) if text[-1:] not in ("", " ") else 0.0)
-                    for text, (a, b, score) in grown.items()
-                }
+                ranks = {}
+                for text, (in_blank, in_letter, score) in grown.items():
+                    word = _last_word(text)
+                    ranks[text] = _log_add(in_blank, in_letter) + score + (words.best(word) if word else 0.0)
                 grown = {text: grown[text] for text in sorted(ranks, key=ranks.get, reverse=True)[: self.beam_width]}
             beams = grown
-        ends = {
-            text: _log_add(a, b)
-            + score
-            + (words.score(text.rpartition(" ")[2]) if text[-1:] not in ("", " ") else 0.0)
-            for text, (a, b, score) in beams.items()
-        }
+        ends = {}
+        for text, (in_blank, in_letter, score) in beams.items():
+            word = _last_word(text)
+            ends[text] = _log_add(in_blank, in_letter) + score + (words.score(word) if word else 0.0)
         return max(ends, key=ends.get).strip()
+
+
+def _last_word(text: str) -> str:
+    """Behind the last space: nothing, if that is the end."""
+    return text.rpartition(" ")[2]
 
 
 def _log_add(a: float, b: float) -> float:
