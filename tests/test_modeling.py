@@ -242,8 +242,8 @@ def test_the_search_finds_the_text_that_all_paths_together_make_most_likely(tiny
             text: torch.tensor(paths).logsumexp(0).item() + sum(words.score(word) for word in text.split())
             for text, paths in totals.items()
         }
-        texts.add(adapter.search(log_probs))
-        assert adapter.search(log_probs) == max(scores, key=scores.get).strip()
+        texts.add(adapter.search(log_probs, words))
+        assert adapter.search(log_probs, words) == max(scores, key=scores.get).strip()
     assert len(texts) > 3
 
 
@@ -257,7 +257,7 @@ def test_letters_are_spelled_into_words_that_are_known_and_others_as_they_are_he
         for row, letters in zip(probabilities, outputs, strict=True):
             for letter, probability in letters.items():
                 row[adapter.alphabet.find(letter) if letter != "_" else -1] = probability
-        return adapter.search((probabilities / probabilities.sum(-1, keepdim=True)).log())
+        return adapter.search((probabilities / probabilities.sum(-1, keepdim=True)).log(), adapter.words())
 
     def clear(text: str) -> list[dict[str, float]]:
         return [{letter: 1.0} for letter in text]

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoTokenizer, Seq2SeqTrainingArguments, TrainerCallback
 
 from .. import DualSLMForConditionalGeneration, DualSLMProcessor
-from ..configuration_dual_slm import EMOSLLM_ADAPTERS, LETTER_ADAPTER, WARM_START_ADAPTERS, DualSLMConfig
+from ..configuration_dual_slm import ALPHABET, EMOSLLM_ADAPTERS, LETTER_ADAPTER, WARM_START_ADAPTERS, DualSLMConfig
 from ..modeling_dual_slm import LetterAdapter, SoftResidual, resolve_backbone
 from ..processing_dual_slm import CaptionSlots
 from .alignment import Aligner, AlignmentConfig, align_rows, score_targets
@@ -39,7 +39,7 @@ from .evaluation.metrics import score
 from .features import FRAMES_PER_SECOND, FeatureStore, augmented
 from .journal import Journal, write_json, write_text
 from .prompts import PROMPTS
-from .recipe import DataRecipe, Recipe, StageRecipe
+from .recipe import DataRecipe, ModelRecipe, Recipe, StageRecipe
 from .tasks import ATTRIBUTES, label_sets, lend_histories, tasks_of
 from .trainer import (
     DualSLMTrainer,
@@ -53,7 +53,6 @@ from .trainer import (
     with_stage_sources,
 )
 from .warm_start import (
-    ALPHABET,
     Letters,
     Speller,
     caption_targets,
@@ -79,6 +78,13 @@ ATTRIBUTE_LABELS = {
 # --------------------------------------------------------------------------------------------------------------------
 # Model and data
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def adapter_defaults(about: ModelRecipe) -> dict:
+    """Fields of the config that `adapters` stands for."""
+    kinds = {"warm_start": WARM_START_ADAPTERS, "emosllm": EMOSLLM_ADAPTERS}
+    in_letters = about.config.get("linguistic_adapter_type") == "letters"
+    return kinds.get(about.adapters, {}) | (LETTER_ADAPTER if in_letters else {})
 
 
 def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLMProcessor]:
@@ -107,8 +113,8 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
                     "model.start_from: a checkpoint of the warm start that has no letters yet can be given letters, and "
                     f"{about.start_from} is none."
                 )
-            fields = model.config.to_dict() | LETTER_ADAPTER | {"linguistic_soft_residual": False} | about.config
-            model.config = DualSLMConfig.from_dict(fields)
+            fields = LETTER_ADAPTER | {"linguistic_soft_residual": False} | {name: about.config[name] for name in anew}
+            model.config = DualSLMConfig.from_dict(model.config.to_dict() | fields)
             torch.manual_seed(recipe.train.seed)
             model.linguistic_adapter = LetterAdapter(model.config).apply(model._init_weights)
             processor.linguistic_adapter_type = model.config.linguistic_adapter_type
@@ -126,7 +132,7 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
         if name in BACKBONES:
             fetch_backbone(name)
     tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(about.text_model_id))
-    config, slots = {}, None
+    config, slots = adapter_defaults(about), None
     if about.adapters == "warm_start":
         if "Ġ" not in tokenizer.get_vocab():
             raise ValueError(
@@ -136,19 +142,17 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
         labels = about.config.get("attribute_labels", ATTRIBUTE_LABELS)
         template = about.config.get("caption_template", CAPTION_TEMPLATE)
         slots = CaptionSlots(tokenizer, template, labels)
-        config = WARM_START_ADAPTERS | {
+        config |= {
             "num_paralinguistic_tokens": slots.num_slots,
             "paralinguistic_soft_vocab_size": len(slots.token_ids),
             "linguistic_ctc_vocab_size": (recipe.warm_start.pieces or [0])[-1],
             "caption_template": template,
             "attribute_labels": labels,
         }
-        if about.config.get("linguistic_adapter_type") == "letters":
-            config |= LETTER_ADAPTER
     elif about.adapters == "emosllm":
         labels = about.config.get("attribute_labels", {"emotion": ATTRIBUTE_LABELS["emotion"]})
         wording = PROMPTS["attributes"]
-        config = EMOSLLM_ADAPTERS | {
+        config |= {
             "attribute_labels": labels,
             "attribute_questions": {
                 name: {"instruction": wording[name]["instructions"][0], "answer": wording[name]["answers"][0]}
@@ -437,12 +441,12 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
     ]
     heard = [row for row in heard if normalize(row["transcript"], alphabet)]
     heard = [row for row in heard if row["corpus"] != "ravdess"][:64]
-    said = [row["transcript"] for row in spoken]
+    texts = data.lines if in_letters else read_texts(None)
+    words = word_counts([row["transcript"] for row in spoken] + texts, alphabet)
     if about.linguistic_from:
         take_linguistic(model, Path(about.linguistic_from))
     adapter = model.linguistic_adapter
     if in_letters:
-        words = word_counts(said + data.lines, alphabet)
         known = {word[1:]: count for word, count, _ in adapter.lexicon.rows(alphabet) if count}
         words |= collections.Counter(known)  # going on, it keeps the words that it knows
         put(adapter.lexicon, lexicon_rows(processor.tokenizer, words, alphabet))
@@ -454,7 +458,7 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
         elif len(learnt) == pieces:
             speller = Speller.of(processor.tokenizer, learnt)
         else:
-            speller = Speller(processor.tokenizer, word_counts(said + read_texts(None)), pieces)
+            speller = Speller(processor.tokenizer, words, pieces)
         log += train_linguistic(
             model,
             store,
@@ -853,11 +857,7 @@ def plan(recipe: Recipe, output: str | Path) -> str:
     from transformers import AutoConfig
 
     audio = AutoConfig.from_pretrained(resolve_backbone(recipe.model.audio_model_id))
-    kinds = {"warm_start": WARM_START_ADAPTERS, "emosllm": EMOSLLM_ADAPTERS}
-    fields = kinds.get(recipe.model.adapters, {})
-    if recipe.model.config.get("linguistic_adapter_type") == "letters":
-        fields = fields | LETTER_ADAPTER
-    fields = fields | recipe.model.config
+    fields = adapter_defaults(recipe.model) | recipe.model.config
     store = FeatureStore(Path(output) / "features", DualSLMConfig(audio.to_dict(), **fields), recipe.data.feature_bits)
     copies = [recipe.data.augment.get(row["corpus"], 0) if row["split"] == "train" else 0 for row in used]
     seconds = sum((row["duration"] or 0) * (1 + n) for row, n in zip(used, copies, strict=True)) + 3600 * more_hours

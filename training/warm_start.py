@@ -9,7 +9,6 @@ import ctypes
 import math
 import os
 import re
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +18,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..configuration_dual_slm import ALPHABET
 from ..modeling_dual_slm import DualSLMForConditionalGeneration, Lexicon
-from ..processing_dual_slm import DualSLMProcessor
+from ..processing_dual_slm import DualSLMProcessor, plain_text
 from .backbones import cpu_has_bfloat16
 from .features import FeatureStore, pad_frames
 
@@ -31,7 +31,6 @@ TRIM_EVERY = 10  # steps
 # --------------------------------------------------------------------------------------------------------------------
 
 
-ALPHABET = " abcdefghijklmnopqrstuvwxyz'"
 _UNSPOKEN = re.compile(r"\([^)]*\)|\[[^\]]*\]")
 
 
@@ -40,20 +39,15 @@ def nothing_said(transcript: str) -> bool:
     return not _UNSPOKEN.sub("", transcript).strip()
 
 
-def _composed(text: str) -> str:
-    """In lower case, and accents in one piece with their letters."""
-    return unicodedata.normalize("NFC", text.lower())
-
-
 def spelled_out(transcript: str, alphabet: str = ALPHABET) -> bool:
     """Whether `normalize` keeps all that is said: it has no figures, and no letters but the alphabet's."""
-    said = (letter for letter in _composed(transcript) if letter.isalnum())
+    said = (letter for letter in plain_text(transcript) if letter.isalnum())
     return nothing_said(transcript) or all(letter in alphabet for letter in said)
 
 
 def normalize(text: str, alphabet: str = ALPHABET) -> list[str]:
     """What is said as bare lower-case words: what CTC can hear. Parentheses within a text are read aloud like the rest."""
-    text = "" if nothing_said(text) else _composed(text).replace("’", "'").replace("-", " ")
+    text = "" if nothing_said(text) else plain_text(text)
     text = "".join(letter if letter in alphabet else " " for letter in text)
     return [word.strip("'") for word in text.split() if word.strip("'")]
 

@@ -4,6 +4,8 @@ import unicodedata
 
 from transformers import AutoConfig, PreTrainedConfig
 
+ALPHABET = " abcdefghijklmnopqrstuvwxyz'"
+
 
 class DualSLMConfig(PreTrainedConfig):
     r"""
@@ -141,7 +143,7 @@ class DualSLMConfig(PreTrainedConfig):
         linguistic_dropout: float = 0.0,
         linguistic_input_norm: bool = False,
         linguistic_ctc_vocab_size: int = 0,
-        linguistic_letters: str = " abcdefghijklmnopqrstuvwxyz'",
+        linguistic_letters: str = ALPHABET,
         linguistic_num_layers: int = 4,
         linguistic_lexicon_size: int = 0,
         linguistic_beam_width: int = 32,

@@ -320,7 +320,6 @@ class LetterAdapter(nn.Module):
     No gradient comes back through the words: this adapter learns by CTC alone.
     """
 
-    residual = None
     certainty = 0.5  # of the letters, which are surer than they are right: else no word is weighed against them
 
     def __init__(self, config: DualSLMConfig):
@@ -368,20 +367,21 @@ class LetterAdapter(nn.Module):
             sizes = self.output_lengths(lengths).tolist()
             words = self.words()
             heard = [
-                words.tokens(self.search(clip[: size * self.rate]), size)
+                words.tokens(self.search(clip[: size * self.rate], words), size)
                 for clip, size in zip(log_probs, sizes, strict=True)
             ]
             counts = torch.tensor([len(ids) for ids in heard], device=states.device)
             tokens = torch.tensor([i for ids in heard for i in ids], dtype=torch.long, device=states.device)
             return embedding(tokens).to(states.dtype), counts, tokens, None
 
-    def search(self, log_probs: torch.Tensor) -> str:
+    def search(self, log_probs: torch.Tensor, words: "Words") -> str:
         """The most likely text of one clip by prefix beam search: letters by CTC, words by the lexicon.
 
         Args:
             log_probs: (T', letters + 1), the blank last.
+            words: see [`words`]; read once for all clips.
         """
-        blank, words = len(self.alphabet), self.words()
+        blank = len(self.alphabet)
         # Text -> the log-probability that it ends in a blank, and in a letter; the score of its words that have ended.
         beams = {"": (0.0, -math.inf, 0.0)}
         for frame in log_probs.tolist():

@@ -2,6 +2,7 @@
 
 import io
 import re
+import unicodedata
 import urllib.request
 from collections.abc import Iterator
 from threading import Event, Thread
@@ -206,6 +207,11 @@ class CaptionSlots:
 # --------------------------------------------------------------------------------------------------------------------
 # Processor
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def plain_text(text: str) -> str:
+    """As letters are heard: in lower case, accents in one piece with their letters, one kind of apostrophe, no hyphens."""
+    return unicodedata.normalize("NFC", text.lower()).replace("’", "'").replace("-", " ")
 
 
 class DualSLMProcessor(ProcessorMixin):
@@ -675,7 +681,7 @@ class DualSLMProcessor(ProcessorMixin):
                 f"{self.linguistic_adapter_type}."
             )
         adapter, hotwords = model.linguistic_adapter, {}
-        for word in " ".join(words).lower().replace("’", "'").replace("-", " ").split():
+        for word in plain_text(" ".join(words)).split():
             word = word.strip("'\".,;:!?")
             if not word or not set(adapter.alphabet[1:]).issuperset(word):
                 raise ValueError(f"the hotword {word!r} is not in the letters {adapter.alphabet!r}.")
