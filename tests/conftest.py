@@ -127,9 +127,11 @@ def make_model(backbones: tuple[str, str], **fields) -> tuple[DualSLMForConditio
     if kind in ("warm", "letters"):
         model.paralinguistic_adapter.soft_tokens.token_ids = torch.tensor(slots.token_ids)
     if kind == "letters":
-        adapter, words = model.linguistic_adapter, {"the": 9, "fox": 3, "lazy": 2, "dog": 2, "a": 5, "be": 2}
-        put(adapter.lexicon, lexicon_rows(tokenizer, words, adapter.alphabet))
+        adapter, words = model.linguistic_adapter, {"the": 9, "fox": 3, "lazy": 2, "dog": 2, "dig": 2, "a": 5, "be": 3}
+        pairs = {("the", "fox"): 3, ("lazy", "dog"): 2, ("a", "be"): 3, ("be", "a"): 2, ("a", "fox"): 1}
+        put(adapter.lexicon, lexicon_rows(tokenizer, words, pairs, adapter.alphabet))
         model.config.linguistic_lexicon_size = len(adapter.lexicon.counts)
+        model.config.linguistic_lexicon_pairs = len(adapter.lexicon.pairs)
         with torch.no_grad():  # random outputs that change from frame to frame, and a blank that wins sometimes
             adapter.letters.weight.normal_(std=2.0)
             adapter.letters.bias[len(adapter.alphabet) :: len(adapter.alphabet) + 1] = 3.0

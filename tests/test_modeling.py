@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -230,7 +231,7 @@ def test_the_search_finds_the_text_that_all_paths_together_make_most_likely(tiny
     model, _ = make_model(tiny_backbones, kind="letters", linguistic_letters=" abe", linguistic_beam_width=500)
     adapter, generator = model.linguistic_adapter, torch.Generator().manual_seed(0)
     words, texts = adapter.words(), set()
-    assert set(words.known) == {"a", "be"}
+    assert set(words.share) == {"a", "be"} and set(words.pairs) == {("a", "be"), ("be", "a")}
     for _ in range(12):
         log_probs = torch.randn(6, 5, generator=generator).clamp(-1.5).log_softmax(-1)
         totals = collections.defaultdict(list)
@@ -239,7 +240,8 @@ def test_the_search_finds_the_text_that_all_paths_together_make_most_likely(tiny
             if not text.startswith(" ") and "  " not in text:
                 totals[text].append(sum(log_probs[t, i].item() for t, i in enumerate(path)))
         scores = {
-            text: torch.tensor(paths).logsumexp(0).item() + sum(words.score(word) for word in text.split())
+            text: torch.tensor(paths).logsumexp(0).item()
+            + sum(words.score(*pair) for pair in itertools.pairwise(["", *text.split()]))
             for text, paths in totals.items()
         }
         texts.add(adapter.search(log_probs, words))
@@ -268,6 +270,9 @@ def test_letters_are_spelled_into_words_that_are_known_and_others_as_they_are_he
     assert heard(*clear("d_d")) == "dd"
     assert heard(*clear("____")) == ""
     assert heard(*[{"_": 0.99, "a": 0.005}] * 600) == ""  # noise, however long
+    assert heard(*clear("the d"), {"i": 0.6, "o": 0.4}, *clear("g_")) == "the dig"  # both words are as common
+    assert heard(*clear("lazy d"), {"i": 0.6, "o": 0.4}, *clear("g_")) == "lazy dog"  # which follows more often
+    assert heard(*clear("lazy d"), {"i": 0.99, "o": 0.01}, *clear("g_")) == "lazy dig"
     processor.set_hotwords(model, ["Zux", "zox-trap"])
     assert heard(*clear("the z"), {"u": 0.3, "o": 0.7}, *clear("x_")) == "the zox"
     assert heard(*clear("the z"), {"u": 0.9, "o": 0.1}, *clear("x_")) == "the zux"
@@ -280,6 +285,15 @@ def test_letters_are_spelled_into_words_that_are_known_and_others_as_they_are_he
     tokens = adapter.words().tokens("the fox zuxy")
     assert tokens[:2] == processor.tokenizer(" the fox", add_special_tokens=False)["input_ids"][: len(tokens[:2])]
     assert processor.tokenizer.decode(tokens) == " the fox zuxy"
+
+
+def test_the_words_that_may_follow_a_word_have_all_of_its_probability(tiny_backbones):
+    model, _ = make_model(tiny_backbones, kind="letters")
+    words = model.linguistic_adapter.words()
+    for before in ("", "the", "lazy", "fox", "a", "unheard"):
+        following = [math.exp((words.score(before, word) - words.bonus) / words.weight) for word in words.share]
+        assert sum(following) == pytest.approx(1, abs=1e-6)
+    assert words.score("lazy", "dog") > words.score("", "dog") > words.score("lazy", "dig")
 
 
 def test_an_empty_lexicon_says_what_fills_it(tiny_backbones):

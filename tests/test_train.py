@@ -20,7 +20,7 @@ import pytest
 import soundfile
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 from conftest import LABELS, make_model, tone
@@ -742,7 +742,7 @@ LETTERS = ["warm_start.pieces=[]", "warm_start.steps=[6]", "model.config.linguis
 
 def test_a_run_with_letters_goes_on_and_learns_more_words(tiny_backbones, tmp_path):
     """Letters learn in stage 0 alone; a run that lost its end makes the same; another corpus adds to the lexicon."""
-    (tmp_path / "more.txt").write_text("Foxes, quickly.\n", encoding="utf-8")
+    (tmp_path / "more.txt").write_text("Foxes, quickly.\nThe foxes quickly\n", encoding="utf-8")
     recipe = str(world(tmp_path, tiny_backbones))
     settings = [*LETTERS, f"warm_start.lexicon=[{tmp_path / 'more.txt'}]", "stages.0.ctc_share=0"]
     settings += ["stages.1.tasks={emotion: 1}", "stages.2.tasks={emotion: 1, dialogue: 2}"]
@@ -750,8 +750,10 @@ def test_a_run_with_letters_goes_on_and_learns_more_words(tiny_backbones, tmp_pa
     weights = load_file(final / "model.safetensors")
     model = DualSLMForConditionalGeneration.from_pretrained(final)
     adapter = model.linguistic_adapter
-    known = {word[1:] for word, count, _ in adapter.lexicon.rows(adapter.alphabet) if count}
-    assert {"foxes", "quickly", "lazy", "fox"} <= known
+    known, pairs = adapter.lexicon.known(adapter.alphabet)
+    assert {"foxes", "quickly", "lazy", "fox"} <= known.keys()
+    assert pairs["foxes", "quickly"] == 2 and pairs["lazy", "dog"] > 2  # the clips say it too
+    assert not any("quickly" in pair and "the" in pair for pair in pairs)
     assert model.config.linguistic_lexicon_size == len(weights["linguistic_adapter.lexicon.counts"]) > len(known)
     stages = ["stage-0", "stage-1-joint", "stage-2-disentangle", "stage-3-holistic"]
     before, *after = (load_file(tmp_path / "run" / stage / "final" / "model.safetensors") for stage in stages)
@@ -766,9 +768,18 @@ def test_a_run_with_letters_goes_on_and_learns_more_words(tiny_backbones, tmp_pa
     on = ["stages=[]", f"model.start_from={final}", "model.config={}", "warm_start.caption_steps=0", *LETTERS[:2]]
     second = DualSLMForConditionalGeneration.from_pretrained(run(load_recipe(recipe, on), tmp_path / "second"))
     adapter = second.linguistic_adapter
-    assert known | {"hello"} <= {word[1:] for word, count, _ in adapter.lexicon.rows(adapter.alphabet) if count}
+    words, kept = adapter.lexicon.known(adapter.alphabet)
+    assert known.keys() | {"hello"} <= words.keys() and pairs == kept
+
+    shutil.copytree(final, tmp_path / "old")  # as before there were pairs
+    save_file({n: t for n, t in weights.items() if "pairs" not in n}, tmp_path / "old" / "model.safetensors")
+    third = run(load_recipe(recipe, [*on, f"warm_start.linguistic_from={tmp_path / 'old'}"]), tmp_path / "third")
+    words, kept = DualSLMForConditionalGeneration.from_pretrained(third).linguistic_adapter.lexicon.known(
+        adapter.alphabet
+    )
+    assert known.keys() | {"hello"} == words.keys() and not kept  # its clips say hello alone
     with pytest.raises(ValueError, match=r"writes letters: give warm_start\.pieces="):
-        run(load_recipe(recipe, [*on, "warm_start.pieces=[60]"]), tmp_path / "third")
+        run(load_recipe(recipe, [*on, "warm_start.pieces=[60]"]), tmp_path / "fourth")
 
 
 def test_the_plan_of_the_released_recipe_knows_letters(tiny_backbones, tmp_path):
@@ -805,7 +816,7 @@ def test_letters_may_be_those_of_any_language(tiny_backbones, tmp_path):
     model = DualSLMForConditionalGeneration.from_pretrained(final)
     adapter, tokenizer = model.linguistic_adapter, DualSLMProcessor.from_pretrained(final).tokenizer
     assert tokenizer.decode(adapter.words().tokens("новое это слово")) == " новое это слово"
-    assert set(adapter.words().known) == {"ёлки", "это", "добрый", "день"}  # though they take many tokens here
+    assert set(adapter.words().share) == {"ёлки", "это", "добрый", "день"}  # though they take many tokens here
 
 
 def test_a_checkpoint_gets_letters_and_keeps_its_voice(finished, tmp_path):

@@ -71,7 +71,9 @@ class WarmStartRecipe:
     )
     lexicon: list[str] = field(
         default_factory=list,
-        metadata={"help": "text files whose words letters are spelled into, beside those of the training clips"},
+        metadata={
+            "help": "text files, whose words and pairs of words letters are spelled into, beside those of the clips"
+        },
     )
     steps: list[int] = field(default_factory=lambda: [500, 1700])
     learning_rate: float = 1e-3

@@ -8,6 +8,7 @@ RUN/final/                               the checkpoint: `from_pretrained` it
 
 import collections
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -301,6 +302,11 @@ def word_counts(texts: Iterable[str], alphabet: str = ALPHABET) -> collections.C
     return collections.Counter(word for text in texts for word in normalize(text, alphabet))
 
 
+def pair_counts(texts: Iterable[str], alphabet: str = ALPHABET) -> collections.Counter:
+    """How often each word is said right after another."""
+    return collections.Counter(pair for text in texts for pair in itertools.pairwise(normalize(text, alphabet)))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Stage 0
 # --------------------------------------------------------------------------------------------------------------------
@@ -357,6 +363,8 @@ def take_linguistic(model, checkpoint: Path) -> None:
     letters = config.get("linguistic_letters", model.config.linguistic_letters)
     if letters != model.config.linguistic_letters:
         raise ValueError(f"warm_start.linguistic_from: {checkpoint} writes in other letters, {letters!r}.")
+    if "lexicon.counts" in state:  # written before there were pairs, it has none
+        state.setdefault("lexicon.pairs", torch.zeros(0, 3, dtype=torch.int32))
     adapter = model.linguistic_adapter
     buffers = dict(adapter.named_buffers())  # pieces and words: as many as there were
     known = {name: tensor.shape for name, tensor in adapter.state_dict().items() if name not in buffers}
@@ -442,14 +450,15 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
     heard = [row for row in heard if normalize(row["transcript"], alphabet)]
     heard = [row for row in heard if row["corpus"] != "ravdess"][:64]
     texts = data.lines if in_letters else read_texts(None)
-    words = word_counts([row["transcript"] for row in spoken] + texts, alphabet)
+    texts = [row["transcript"] for row in spoken] + texts
+    words = word_counts(texts, alphabet)
     if about.linguistic_from:
         take_linguistic(model, Path(about.linguistic_from))
     adapter = model.linguistic_adapter
     if in_letters:
-        known = {word[1:]: count for word, count, _ in adapter.lexicon.rows(alphabet) if count}
-        words |= collections.Counter(known)  # going on, it keeps the words that it knows
-        put(adapter.lexicon, lexicon_rows(processor.tokenizer, words, alphabet))
+        known, known_pairs = map(collections.Counter, adapter.lexicon.known(alphabet))  # going on, it keeps these
+        pairs = pair_counts(texts, alphabet) | known_pairs
+        put(adapter.lexicon, lexicon_rows(processor.tokenizer, words | known, pairs, alphabet))
     learnt = adapter.soft_tokens.token_ids.tolist() if recipe.model.start_from and not in_letters else []
     for number, (pieces, steps) in enumerate(zip(about.pieces or [0], about.steps, strict=True)):
         # Going on, it keeps its pieces: those of another corpus would not spell the words that this one lacks.
@@ -702,7 +711,9 @@ def _fit_config(model) -> None:
     if soft is not None:
         model.config.linguistic_ctc_vocab_size = len(soft.token_ids)
     if model.config.linguistic_adapter_type == "letters":
-        model.config.linguistic_lexicon_size = len(model.linguistic_adapter.lexicon.counts)
+        lexicon = model.linguistic_adapter.lexicon
+        model.config.linguistic_lexicon_size = len(lexicon.counts)
+        model.config.linguistic_lexicon_pairs = len(lexicon.pairs)
 
 
 def finish(folder: Path, model, processor, log: list[dict]) -> None:

@@ -25,6 +25,7 @@ from .backbones import cpu_has_bfloat16
 from .features import FeatureStore, pad_frames
 
 TRIM_EVERY = 10  # steps
+MOST_PAIRS = 200_000  # of words, 12 bytes each in the checkpoint
 
 # --------------------------------------------------------------------------------------------------------------------
 # Spelling
@@ -127,12 +128,14 @@ class Letters:
         return [self.alphabet.index(letter) for letter in " ".join(normalize(text, self.alphabet))]
 
 
-def lexicon_rows(tokenizer, words: dict[str, int], alphabet: str) -> dict[str, torch.Tensor]:
-    """The buffers of a [`Lexicon`]: the words that are short enough, by their counts, and all of the LLM's tokens that are
-    letters alone, to spell the others with.
+def lexicon_rows(
+    tokenizer, words: dict[str, int], pairs: dict[tuple[str, str], int], alphabet: str
+) -> dict[str, torch.Tensor]:
+    """The buffers of a [`Lexicon`]: the words that are short enough, by their counts, all of the LLM's tokens that are
+    letters alone, to spell the others with, and the pairs of these words that are said more than once.
 
     Args:
-        words: words with their counts.
+        words, pairs: with their counts.
     """
     letters = set(alphabet[1:])
     rows: dict[str, tuple[int, list[int]]] = {}
@@ -156,7 +159,15 @@ def lexicon_rows(tokenizer, words: dict[str, int], alphabet: str) -> dict[str, t
         spellings[row, : len(spelling)] = torch.tensor([place[letter] for letter in spelling], dtype=torch.uint8)
         token_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
     counts = torch.tensor([count for count, _ in rows.values()], dtype=torch.int32)
-    return {"spellings": spellings, "counts": counts, "token_ids": token_ids}
+    row_of = {spelling[1:]: row for row, spelling in enumerate(rows) if counts[row]}
+    often = {pair: count for pair, count in pairs.items() if count > 1 and row_of.keys() >= set(pair)}
+    often = sorted(often.items(), key=lambda item: (-item[1], item[0]))[:MOST_PAIRS]
+    return {
+        "spellings": spellings,
+        "counts": counts,
+        "token_ids": token_ids,
+        "pairs": torch.tensor([(row_of[a], row_of[b], n) for (a, b), n in often], dtype=torch.int32).reshape(-1, 3),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Shapes: B rows, S tokens, A audio clips, K chunks of at most 30 s, F mel frames 
 L encoder layers read, C the encoder's width, N `num_paralinguistic_tokens`, D the LLM's width.
 """
 
+import collections
 import hashlib
 import inspect
 import json
@@ -332,7 +333,7 @@ class LetterAdapter(nn.Module):
         self.layers = nn.ModuleList(ConvolutionLayer(hidden) for _ in range(config.linguistic_num_layers))
         self.dropout = nn.Dropout(config.linguistic_dropout)
         self.letters = nn.Linear(hidden, self.rate * (len(self.alphabet) + 1))
-        self.lexicon = Lexicon(config.linguistic_lexicon_size)
+        self.lexicon = Lexicon(config.linguistic_lexicon_size, config.linguistic_lexicon_pairs)
         self.hotwords: dict[str, list[int]] = {}  # words that are expected -> their tokens
 
     def words(self) -> "Words":
@@ -403,25 +404,26 @@ class LetterAdapter(nn.Module):
                         before = both
                     if before == -math.inf or (letter == " " and text[-1:] in ("", " ")):
                         continue
-                    ended = words.score(_last_word(text)) if letter == " " else 0.0
+                    ended = words.score(*_last_words(text)) if letter == " " else 0.0
                     add(text + letter, -math.inf, before + p, score + ended)
             if len(grown) > self.beam_width:  # an unfinished word counts as the best one that it can become
                 ranks = {}
                 for text, (in_blank, in_letter, score) in grown.items():
-                    word = _last_word(text)
+                    _, word = _last_words(text)
                     ranks[text] = _log_add(in_blank, in_letter) + score + (words.best(word) if word else 0.0)
                 grown = {text: grown[text] for text in sorted(ranks, key=ranks.get, reverse=True)[: self.beam_width]}
             beams = grown
         ends = {}
         for text, (in_blank, in_letter, score) in beams.items():
-            word = _last_word(text)
-            ends[text] = _log_add(in_blank, in_letter) + score + (words.score(word) if word else 0.0)
+            before, word = _last_words(text)
+            ends[text] = _log_add(in_blank, in_letter) + score + (words.score(before, word) if word else 0.0)
         return max(ends, key=ends.get).strip()
 
 
-def _last_word(text: str) -> str:
-    """Behind the last space: nothing, if that is the end."""
-    return text.rpartition(" ")[2]
+def _last_words(text: str) -> tuple[str, str]:
+    """Before and behind the last space: each is empty where there is no word."""
+    head, _, last = text.rpartition(" ")
+    return head.rpartition(" ")[2], last
 
 
 def _log_add(a: float, b: float) -> float:
@@ -445,22 +447,24 @@ class ConvolutionLayer(nn.Module):
 
 
 class Lexicon(nn.Module):
-    """Words with the LLM's tokens of each, and the pieces that spell any other word.
+    """Words with the LLM's tokens of each, the pieces that spell any other word, and which words follow each other.
 
     Args:
         size: how many rows the buffers have. `spellings` are letters of the alphabet, counted from 1, with 0 behind the end:
             a row that begins with a space is a word or begins one, any other goes on within a word. `counts` says how often
             a text has the word (0: no word, a piece of other words), `token_ids` what it is to the LLM, -1 behind the end; a
             word that takes more tokens has none, and is spelled by pieces.
+        pairs: how many `pairs` of words are known to follow each other: the row of the first, of the second, and how often.
     """
 
     longest, most = 20, 4  # letters and tokens of a row
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, pairs: int = 0):
         super().__init__()
         self.register_buffer("spellings", torch.zeros(size, self.longest, dtype=torch.uint8))
         self.register_buffer("counts", torch.zeros(size, dtype=torch.int32))
         self.register_buffer("token_ids", torch.full((size, self.most), -1, dtype=torch.int32))
+        self.register_buffer("pairs", torch.zeros(pairs, 3, dtype=torch.int32))
         self._read: tuple = ([], None, None)  # what the words were made of, and the words
 
     def rows(self, alphabet: str) -> list[tuple[str, int, list[int]]]:
@@ -471,12 +475,19 @@ class Lexicon(nn.Module):
             for letters, count, ids in rows
         ]
 
+    def known(self, alphabet: str) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+        """The words and the pairs of words, each with its count."""
+        spellings, counts, _ = zip(*self.rows(alphabet), strict=True) if len(self.counts) else ((), (), ())
+        words = {spelling[1:]: count for spelling, count in zip(spellings, counts, strict=True) if count}
+        return words, {(spellings[a][1:], spellings[b][1:]): count for a, b, count in self.pairs.tolist()}
+
     def read(self, alphabet: str, hotwords: dict[str, list[int]]) -> "Words":
         """The rows as they are now, and words that are expected."""
         before, expected, words = self._read
         now = [buffer.cpu() for buffer in self.buffers()]
         if words is None or expected != hotwords or not all(map(torch.equal, before, now)):
-            words = Words(self.rows(alphabet), hotwords)
+            ids = {spelling: ids for spelling, _, ids in self.rows(alphabet) if ids}
+            words = Words(ids, *self.known(alphabet), hotwords)
             self._read = ([buffer.clone() for buffer in now], dict(hotwords), words)
         return words
 
@@ -484,26 +495,48 @@ class Lexicon(nn.Module):
 class Words:
     """How likely words are, by the rows of a [`Lexicon`], and how the LLM spells them.
 
-    A word of the lexicon scores by how often it is said, one that is expected (`hotwords`) above all of them, any other by
-    its length. The numbers were chosen on validation speakers, where half as much again makes little difference.
+    A word of the lexicon scores by how often it is said, and said after the word before (absolute discounting, Ney, Essen and
+    Kneser 1994), one that is expected (`hotwords`) above all of them, any other by its length. The numbers were chosen on
+    validation speakers, where half as much again makes little difference.
     """
 
-    weight, bonus, strange, letter, expected = 0.35, 2.0, -4.0, -1.0, 1.0
+    weight, bonus, strange, letter, expected, discount = 0.35, 2.0, -4.0, -1.0, 1.0, 0.75
 
-    def __init__(self, rows: list[tuple[str, int, list[int]]], hotwords: dict[str, list[int]]):
-        self.ids = {spelling: ids for spelling, _, ids in rows if ids}
-        self.ids |= {" " + word: ids for word, ids in hotwords.items()}
-        total = sum(count for _, count, _ in rows)
-        self.known = {row[1:]: self.weight * math.log(count / total) for row, count, _ in rows if count}
-        self.known |= dict.fromkeys(hotwords, self.expected)
+    def __init__(
+        self,
+        ids: dict[str, list[int]],
+        counts: dict[str, int],
+        pairs: dict[tuple[str, str], int],
+        hotwords: dict[str, list[int]],
+    ):
+        self.ids = ids | {" " + word: ids for word, ids in hotwords.items()}
+        self.hotwords, total = hotwords, sum(counts.values())
+        self.share = {word: count / total for word, count in counts.items()}
+        followed, kept = collections.Counter(), collections.Counter()
+        for (before, _), count in pairs.items():
+            followed[before] += count
+            kept[before] += count - self.discount
+        # A word is followed as often as it is said; what no pair accounts for, any word may follow by its own share.
+        said = {before: max(count, counts[before]) for before, count in followed.items()}
+        self.left = {before: 1 - kept[before] / said[before] for before in said}
+        self.pairs = {pair: (count - self.discount) / said[pair[0]] for pair, count in pairs.items()}
         self.begun: dict[str, float] = {}
-        for word, score in self.known.items():
+        for word in {**counts, **hotwords}:
+            score = self._known("", word)
             for end in range(1, len(word) + 1):
                 self.begun[word[:end]] = max(score, self.begun.get(word[:end], -math.inf))
 
-    def score(self, word: str) -> float:
-        """Of a whole word."""
-        return self.bonus + max(self.known.get(word, -math.inf), self.strange + self.letter * len(word))
+    def _known(self, before: str, word: str) -> float:
+        if word in self.hotwords:
+            return self.expected
+        share = self.share.get(word)
+        if share is None:
+            return -math.inf
+        return self.weight * math.log(self.pairs.get((before, word), 0.0) + self.left.get(before, 1.0) * share)
+
+    def score(self, before: str, word: str) -> float:
+        """Of a whole word behind another, which is empty at the start."""
+        return self.bonus + max(self._known(before, word), self.strange + self.letter * len(word))
 
     def best(self, beginning: str) -> float:
         """Of the best word that begins so."""

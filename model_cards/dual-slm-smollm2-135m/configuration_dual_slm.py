@@ -85,6 +85,8 @@ class DualSLMConfig(PreTrainedConfig):
             Convolutions over time of `"letters"`, each over five outputs.
         linguistic_lexicon_size (`int`, defaults to 0):
             Rows of the lexicon of `"letters"`; stage 0 of training fills it.
+        linguistic_lexicon_pairs (`int`, defaults to 0):
+            Pairs of words that the lexicon knows to follow each other.
         linguistic_beam_width (`int`, defaults to 32):
             Texts that the search of `"letters"` keeps.
         linguistic_soft_residual (`bool`, defaults to `False`):
@@ -146,6 +148,7 @@ class DualSLMConfig(PreTrainedConfig):
         linguistic_letters: str = ALPHABET,
         linguistic_num_layers: int = 4,
         linguistic_lexicon_size: int = 0,
+        linguistic_lexicon_pairs: int = 0,
         linguistic_beam_width: int = 32,
         linguistic_soft_residual: bool = False,
         caption_template: str | None = None,
@@ -191,6 +194,7 @@ class DualSLMConfig(PreTrainedConfig):
         self.linguistic_letters = linguistic_letters
         self.linguistic_num_layers = linguistic_num_layers
         self.linguistic_lexicon_size = linguistic_lexicon_size
+        self.linguistic_lexicon_pairs = linguistic_lexicon_pairs
         self.linguistic_beam_width = linguistic_beam_width
         self.linguistic_soft_residual = linguistic_soft_residual
         self.caption_template = caption_template
