@@ -21,7 +21,7 @@ import soundfile
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 from conftest import LABELS, make_model, tone
 from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
@@ -817,6 +817,28 @@ def test_letters_may_be_those_of_any_language(tiny_backbones, tmp_path):
     adapter, tokenizer = model.linguistic_adapter, DualSLMProcessor.from_pretrained(final).tokenizer
     assert tokenizer.decode(adapter.words().tokens("новое это слово")) == " новое это слово"
     assert set(adapter.words().share) == {"ёлки", "это", "добрый", "день"}  # though they take many tokens here
+
+
+def test_letters_go_to_another_llm_as_they_are(tiny_backbones, tmp_path):
+    """Without a step of training: only the tokens that the words are written in are others."""
+    model, processor = make_model(tiny_backbones, kind="letters")
+    model.save_pretrained(tmp_path / "first")
+    plain = AutoTokenizer.from_pretrained(tiny_backbones[1])
+    tokenizer = plain.train_new_from_iterator(["hello the foxes are here again"] * 4, 290)
+    config = model.config.text_config.to_dict() | {"vocab_size": len(tokenizer), "hidden_size": 32, "head_dim": None}
+    type(model.language_model)(type(model.config.text_config)(**config)).save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    recipe = world(tmp_path, (tiny_backbones[0], str(tmp_path / "llm")))
+    settings = [*LETTERS, "warm_start.steps=[0]", "stages=[]", f"warm_start.linguistic_from={tmp_path / 'first'}"]
+    final = run(load_recipe(str(recipe), settings), tmp_path / "run")
+    second, tokenizer = DualSLMForConditionalGeneration.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    adapters = [model.linguistic_adapter, second.linguistic_adapter]
+    frames, lengths = torch.randn(1, 20, model.config.audio_hidden_size), torch.tensor([20])
+    with torch.no_grad():
+        torch.testing.assert_close(*(adapter.logits(frames, lengths) for adapter in adapters))
+    first, second = (adapter.words().tokens("the lazy fox zuxy") for adapter in adapters)
+    assert first != second
+    assert processor.tokenizer.decode(first) == tokenizer.decode(second) == " the lazy fox zuxy"
 
 
 def test_a_checkpoint_gets_letters_and_keeps_its_voice(finished, tmp_path):

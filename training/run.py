@@ -350,6 +350,7 @@ def own_clips(rows: list[dict]) -> list[dict]:
 
 def take_linguistic(model, checkpoint: Path) -> None:
     """The linguistic adapter of a checkpoint with the same encoder and LLM; what has no counterpart there stays as it is.
+    One that writes letters knows nothing of the LLM: only its lexicon does, whose words `warm_start` spells anew.
 
     Raises:
         ValueError: it does not fit.
@@ -357,7 +358,7 @@ def take_linguistic(model, checkpoint: Path) -> None:
     state = load_file(checkpoint / "model.safetensors")
     state = {n.removeprefix("linguistic_adapter."): t for n, t in state.items() if n.startswith("linguistic_adapter.")}
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    for side in ("audio", "text"):
+    for side in ("audio",) if model.config.linguistic_adapter_type == "letters" else ("audio", "text"):
         if config[f"{side}_model_fingerprint"] != getattr(model.config, f"{side}_model_fingerprint"):
             raise ValueError(f"warm_start.linguistic_from: {checkpoint} was trained with another {side} backbone.")
     letters = config.get("linguistic_letters", model.config.linguistic_letters)
