@@ -65,8 +65,8 @@ class DualSLMConfig(PreTrainedConfig):
             warm start taught, and training through the LLM can say what no mixture of caption pieces says.
         linguistic_adapter_type (`str`, defaults to `"concat"`):
             `"concat"`: k frames concatenated, two linear layers (paper). `"letters"`: CTC over letters, spelled into the
-            LLM's own tokens by a beam search over a lexicon that lies in the checkpoint. `"none"`: the words come as text,
-            `linguistic: transcript`, or nothing.
+            LLM's own tokens by a beam search over a lexicon of words and pairs of words that lies in the checkpoint.
+            `"none"`: the words come as text, `linguistic: transcript`, or nothing.
         linguistic_downsample_rate (`int`, defaults to 5):
             Encoder frames (50 Hz) concatenated into one embedding: 5 gives 10 Hz (paper).
         linguistic_hidden_size (`int`, defaults to 2048):

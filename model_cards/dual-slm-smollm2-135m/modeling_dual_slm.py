@@ -316,7 +316,8 @@ class LinguisticAdapter(nn.Module):
 
 class LetterAdapter(nn.Module):
     """What is said, in letters: k frames concatenated -> linear -> ReLU -> convolutions over time -> k outputs, CTC over
-    letters. A beam search over words ([`Lexicon`]) spells them, and the LLM is given its own tokens of these words (ours).
+    letters. A beam search over words and pairs of words ([`Lexicon`]) spells them, and the LLM is given its own tokens of
+    these words (ours).
 
     No gradient comes back through the words: this adapter learns by CTC alone.
     """
