@@ -482,11 +482,16 @@ def test_the_installed_package_needs_no_remote_code(hub, folder, clips, pushed):
 
 def test_the_push_command_uploads_model_processor_and_card(hub, folder, clips, pushed, loaded):
     (folder / "again" / "README.md").write_text(CARD)
+    (folder / "again" / "examples").mkdir()
+    (folder / "again" / "examples" / "a.ogg").write_bytes(b"a clip")
+    (folder / "again" / "notes.txt").write_text("not for the Hub")
     result = in_fresh_process(
         _client_push_command, folder, hub.url, True, clips=clips, checkpoint=str(folder / "again")
     )
     assert result["code"] == 0
-    assert {"config.json", "model.safetensors", "processor_config.json", "README.md", *MODULES} <= set(result["files"])
+    files = {"config.json", "model.safetensors", "processor_config.json", "README.md", "examples/a.ogg", *MODULES}
+    assert files <= set(result["files"])
+    assert "notes.txt" not in result["files"]
     assert result["card"].strip() == CARD.strip()
     assert_same_answers(result, pushed["warm"]["main"])
 

@@ -217,11 +217,8 @@ def push(args: argparse.Namespace) -> None:
     api.create_repo(args.repo, private=args.private, exist_ok=True)
     model.push_to_hub(args.repo, commit_message=args.message)
     processor.push_to_hub(args.repo, commit_message=args.message)
-    for name in ("README.md", "evaluation.json", "training_log.json"):
-        if (folder / name).is_file():
-            api.upload_file(
-                path_or_fileobj=folder / name, path_in_repo=name, repo_id=args.repo, commit_message=args.message
-            )
+    about = ["README.md", "evaluation.json", "training_log.json", "*.png", "examples/*"]  # the card, and what it shows
+    api.upload_folder(folder_path=folder, repo_id=args.repo, allow_patterns=about, commit_message=args.message)
     if args.tag:
         api.create_tag(args.repo, tag=args.tag)
     print(f"{api.endpoint}/{args.repo}")
