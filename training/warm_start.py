@@ -205,7 +205,7 @@ def mask_frames(
         hidden = (time >= start[:, None]) & (time < (start + width)[:, None])
         states = states.masked_fill(hidden[..., None], 0.0)
     for _ in range(2 if strong else 0):
-        width = torch.randint(0, 40, (len(lengths),), generator=generator)
+        width = torch.randint(0, max(1, 5 * len(channel) // 64), (len(lengths),), generator=generator)
         start = torch.randint(0, len(channel), (len(lengths),), generator=generator)
         hidden = (channel >= start[:, None]) & (channel < (start + width)[:, None])
         states = states.masked_fill(hidden[:, None], 0.0)
