@@ -478,17 +478,19 @@ class Lexicon(nn.Module):
 
     def known(self, alphabet: str) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
         """The words and the pairs of words, each with its count."""
-        spellings, counts, _ = zip(*self.rows(alphabet), strict=True) if len(self.counts) else ((), (), ())
-        words = {spelling[1:]: count for spelling, count in zip(spellings, counts, strict=True) if count}
-        return words, {(spellings[a][1:], spellings[b][1:]): count for a, b, count in self.pairs.tolist()}
+        return self._known(self.rows(alphabet))
+
+    def _known(self, rows: list[tuple[str, int, list[int]]]) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+        words = {spelling[1:]: count for spelling, count, _ in rows if count}
+        return words, {(rows[a][0][1:], rows[b][0][1:]): count for a, b, count in self.pairs.tolist()}
 
     def read(self, alphabet: str, hotwords: dict[str, list[int]]) -> "Words":
         """The rows as they are now, and words that are expected."""
         before, expected, words = self._read
         now = [buffer.cpu() for buffer in self.buffers()]
         if words is None or expected != hotwords or not all(map(torch.equal, before, now)):
-            ids = {spelling: ids for spelling, _, ids in self.rows(alphabet) if ids}
-            words = Words(ids, *self.known(alphabet), hotwords)
+            rows = self.rows(alphabet)
+            words = Words({spelling: ids for spelling, _, ids in rows if ids}, *self._known(rows), hotwords)
             self._read = ([buffer.clone() for buffer in now], dict(hotwords), words)
         return words
 
