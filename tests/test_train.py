@@ -560,6 +560,7 @@ def test_the_plan_knows_what_the_backward_pass_keeps(attention, positions):
     del output
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has one kernel for all batches")
 def test_a_batch_whose_attention_weights_would_fill_the_memory_gets_the_fused_one(
     tiny_backbones, tmp_path, monkeypatch
 ):
@@ -789,6 +790,13 @@ def test_the_plan_of_the_released_recipe_knows_letters(tiny_backbones, tmp_path)
     )
 
 
+def test_the_plan_of_a_papers_recipe_tells_hours_at_the_rate_of_this_machine(tiny_backbones, tmp_path):
+    settings = ["model.adapters=paper", "model.config={}", "warm_start.enabled=false", "stages.0.ctc_share=0"]
+    recipe = load_recipe(str(world(tmp_path, tiny_backbones)), [*settings, "stages.0.caption_share=0"])
+    hours, rate = re.search(r"about ([\d.]+) h or more, at ([\d.]+) TFLOPS", plan(recipe, tmp_path)).groups()
+    assert float(rate) > 0 and float(hours) < 0.1  # a toy
+
+
 def test_letters_are_for_checkpoints_of_the_warm_start_without_letters(tiny_backbones, tmp_path):
     recipe, refused = str(world(tmp_path, tiny_backbones)), "can be given letters"
     for kind in ("paper", "letters"):
@@ -937,10 +945,10 @@ def test_an_llm_in_4_bits_teaches_the_adapters(tiny_backbones, tmp_path):
         assert any(not torch.equal(before[name], after[name]) for name in after if name.startswith(branch))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without CUDA")
 @pytest.mark.parametrize("fast", [True, False])
 def test_bfloat16_is_used_where_the_cpu_is_fast_in_it(fast, tiny_backbones, tmp_path, monkeypatch, capsys):
     """Without AVX-512 it takes a hundred times as long as float32: there a recipe that asks for it runs in float32."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for module in ("backbones", "features", "warm_start"):
         monkeypatch.setattr(f"dual_slm.training.{module}.cpu_has_bfloat16", lambda: fast)
     settings = ["model.dtype=bfloat16", "train.bf16=true", "stages.0.max_steps=1"]

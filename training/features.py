@@ -211,8 +211,8 @@ class FeatureStore:
                 continue
             with torch.inference_mode():
                 states, lengths = model.encode_audio(**item, all_layers=model.config.paralinguistic_layer_mix)
+                pooled = model.paralinguistic_adapter.pool(states, lengths).cpu() if self.pools else None
                 states, lengths = states.cpu(), lengths.cpu()
-                pooled = model.paralinguistic_adapter.pool(states, lengths) if self.pools else None
             for place, index in enumerate(kept):
                 clip = self.key(batch[index])
                 frames = states[place, :, : lengths[place]] if self.all_layers else states[place, -1, : lengths[place]]

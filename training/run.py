@@ -321,8 +321,8 @@ def word_errors(model, store: FeatureStore, rows: list[dict], processor: DualSLM
     alphabet = model.config.linguistic_letters
     with torch.inference_mode():
         for row in rows:
-            frames = store.get(row)[None]
-            _, _, ids, _ = adapter(frames, torch.tensor([frames.shape[1]]), embedding)
+            frames = store.get(row)[None].to(model.device)
+            _, _, ids, _ = adapter(frames, torch.tensor([frames.shape[1]], device=model.device), embedding)
             said.append(" ".join(normalize(row["transcript"], alphabet)))
             heard.append(" ".join(normalize(processor.decode(ids), alphabet)))
     return jiwer.wer(said, heard)
@@ -334,7 +334,7 @@ def slot_accuracy(model, store: FeatureStore, rows: list[dict], processor: DualS
     with torch.inference_mode():
         adapter = model.paralinguistic_adapter
         pieces = adapter.soft_tokens.rows(model.get_input_embeddings())
-        best = adapter.soft_tokens.logits(adapter.project(pooled), pieces).argmax(-1)
+        best = adapter.soft_tokens.logits(adapter.project(pooled.to(pieces.device)), pieces).argmax(-1).cpu()
     figures = {}
     for name, place in processor.caption_slots.fields.items():
         known = targets[:, place.start] != -100
@@ -381,7 +381,7 @@ def put(module, state: dict[str, torch.Tensor]) -> None:
     buffers = dict(module.named_buffers())
     for name in state.keys() & buffers.keys():
         place, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(place), leaf, state[name])
+        setattr(module.get_submodule(place), leaf, state[name].to(buffers[name].device))
     module.load_state_dict(state, strict=False)
 
 
@@ -793,6 +793,9 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
         data.words = store.build(data.words, model, processor, **options)
         data.validation = store.build(data.validation, model, processor, **options)
     log: list[dict] = []
+    sharded = recipe.train.shard_llm and state.num_processes > 1
+    if not sharded:  # whose LLM no single device holds
+        model.to(state.device)
     if recipe.warm_start.enabled:
         folder = output / "stage-0"
         with state.main_process_first():
@@ -802,8 +805,9 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
             else:
                 restore(model, folder)
                 log += json.loads((folder / "final" / "training_log.json").read_text(encoding="utf-8"))
-    if recipe.train.shard_llm and state.num_processes > 1:
+    if sharded:
         shard_llm(model)
+        model.to(state.device)  # the rest
     teacher = None
     if any(stage.objective != "ce" for stage in recipe.stages):
         rows = [row for row in data.train if "dialogue" in tasks_of(row)]
@@ -814,7 +818,6 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
         samples = {
             (row["corpus"], row["id"], row.get("augment")): every.item(row, "dialogue").sample for row in every.rows
         }
-        model.to(state.device)
         scores = score_targets(list(samples.values()), model, DualSLMCollator(processor))
         teacher = dict(zip(samples, scores, strict=True)).get
     for number, stage in enumerate(recipe.stages, 1):
@@ -886,8 +889,8 @@ def plan(recipe: Recipe, output: str | Path) -> str:
     ]
     positions = np.array(letters) / 4 + 70
     if recipe.model.adapters == "paper":  # the others leave as many positions as there are words
-        rate = 50 / recipe.model.config.get("linguistic_downsample_rate", 5)
-        positions = positions + rate * np.array([r.get("duration") or 4.0 for r in rows])
+        heard = 50 / recipe.model.config.get("linguistic_downsample_rate", 5)  # a second
+        positions = positions + heard * np.array([r.get("duration") or 4.0 for r in rows])
     tokens, longest = positions.mean(), positions.max()
     for number, stage in enumerate(recipe.stages, 1):
         per_epoch = train // recipe.train.batch_size
@@ -919,12 +922,12 @@ def plan(recipe: Recipe, output: str | Path) -> str:
     return "\n".join(lines)
 
 
-def matrix_rate(dtype: str = "auto", size: int = 2048) -> float:
+def matrix_rate(dtype: str = "auto") -> float:
     """FLOPs a second of a square matrix product here, best of five."""
     import time
 
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
     a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     best = float("inf")
     for _ in range(6):

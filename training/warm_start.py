@@ -196,19 +196,20 @@ def mask_frames(
 ) -> torch.Tensor:
     """SpecAugment's masks and a little noise, on encoder frames: two short ones of time, or `strong`, longer ones all along
     and two of channels, without which letters know ten hours by heart."""
-    states = states + 0.1 * torch.randn(states.shape, generator=generator)
+    device = states.device  # what is drawn is the same on all
+    states = states + 0.1 * torch.randn(states.shape, generator=generator).to(device)
     time, channel = torch.arange(states.shape[1]), torch.arange(states.shape[2])
-    masks, widest, end = (max(2, len(time) // 60), 20, len(time)) if strong else (2, 12, lengths)
+    masks, widest, end = (max(2, len(time) // 60), 20, len(time)) if strong else (2, 12, lengths.cpu())
     for _ in range(masks):
         width = torch.randint(0, widest, (len(lengths),), generator=generator)
         start = (torch.rand(len(lengths), generator=generator) * end).long()
         hidden = (time >= start[:, None]) & (time < (start + width)[:, None])
-        states = states.masked_fill(hidden[..., None], 0.0)
+        states = states.masked_fill(hidden[..., None].to(device), 0.0)
     for _ in range(2 if strong else 0):
         width = torch.randint(0, max(1, 5 * len(channel) // 64), (len(lengths),), generator=generator)
         start = torch.randint(0, len(channel), (len(lengths),), generator=generator)
         hidden = (channel >= start[:, None]) & (channel < (start + width)[:, None])
-        states = states.masked_fill(hidden[:, None], 0.0)
+        states = states.masked_fill(hidden[:, None].to(device), 0.0)
     return states
 
 
@@ -241,6 +242,7 @@ def train_linguistic(
         The log: step, loss and what `evaluate` returned.
     """
     adapter, embedding = model.linguistic_adapter, model.get_input_embeddings()
+    device = next(adapter.parameters()).device
     in_letters = isinstance(speller, Letters)
     if not in_letters:
         widen(adapter.soft_tokens, speller.token_ids)
@@ -262,22 +264,24 @@ def train_linguistic(
     def loss(generator: torch.Generator) -> torch.Tensor:
         batch = [usable[i] for i in next(batches)]
         states, sizes = pad_frames([store.get(rows[i]) for i in batch])
+        states, sizes = states.to(device), sizes.to(device)
         states = mask_frames(states, sizes, generator, strong=in_letters)
         spelled = torch.cat([targets[i] for i in batch])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bfloat16()):
+        with fast_autocast(device):
             if in_letters:
                 logits = adapter.logits(states, sizes).float()
             else:
                 drawn, offset = draw_pieces(spelled, len(pieces), sampled_pieces, generator)
-                logits = adapter.soft_tokens.logits(adapter.project(states, sizes), pieces[drawn]).float()
-                logits[..., :-1] += offset
+                chosen = pieces[drawn.to(device)]
+                logits = adapter.soft_tokens.logits(adapter.project(states, sizes), chosen).float()
+                logits[..., :-1] += offset.to(device)
                 place = torch.zeros(len(pieces), dtype=torch.long).index_put((drawn,), torch.arange(len(drawn)))
                 spelled = place[spelled]
         return nn.functional.ctc_loss(
             logits.log_softmax(-1).transpose(0, 1),
-            spelled,
+            spelled.to(device),
             adapter.output_lengths(sizes) * per_output,
-            torch.tensor([len(targets[i]) for i in batch]),
+            torch.tensor([len(targets[i]) for i in batch], device=device),
             blank=logits.shape[-1] - 1,
             zero_infinity=True,
         )
@@ -312,7 +316,7 @@ def _descend(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, warmup, steps))
     log, running, done = [], None, 0
     if checkpoint is not None and checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         adapter.load_state_dict(state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -356,6 +360,11 @@ def _descend(
     return log
 
 
+def fast_autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 products where they are fast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or cpu_has_bfloat16())
+
+
 def trim_heap() -> None:
     """Gives freed memory back to the system, where the C library can. `dual-slm train` keeps what is freed in the heap (see
     `cli.py`), and batches of all lengths leave holes there that no other batch fits into: gigabytes after a hundred steps."""
@@ -380,7 +389,7 @@ def draw_pieces(
 
 def widen(soft: nn.Module, token_ids: list[int]) -> None:
     """Another set of pieces for the same output space: what was learnt stays, the product has other rows."""
-    soft.token_ids = torch.tensor(token_ids)
+    soft.token_ids = torch.tensor(token_ids, device=soft.token_ids.device)
 
 
 def _repeats(target: torch.Tensor) -> int:
@@ -426,7 +435,8 @@ def train_paralinguistic(
     """
     adapter = model.paralinguistic_adapter
     pieces = adapter.soft_tokens.rows(model.get_input_embeddings())
-    pooled = torch.stack([store.get(row, "pooled") for row in rows])
+    device = pieces.device
+    pooled, targets = torch.stack([store.get(row, "pooled") for row in rows]).to(device), targets.to(device)
     if not adapter.statistics_mean.any():  # going on, it is read as it was
         adapter.statistics_mean.copy_(pooled.mean(0))
         adapter.statistics_scale.copy_(pooled.std(0).clamp(min=1e-4))
@@ -434,9 +444,9 @@ def train_paralinguistic(
     weight = torch.where(felt, 0.5 / felt.sum().clamp(min=1), 0.5 / (~felt).sum().clamp(min=1))
 
     def loss(generator: torch.Generator) -> torch.Tensor:
-        batch = torch.multinomial(weight, batch_size, replacement=True, generator=generator)
+        batch = torch.multinomial(weight, batch_size, replacement=True, generator=generator).to(device)
         inputs = pooled[batch]
-        noise = torch.randn(inputs.shape, generator=generator) * adapter.statistics_scale
+        noise = torch.randn(inputs.shape, generator=generator).to(device) * adapter.statistics_scale
         logits = adapter.soft_tokens.logits(adapter.project(inputs + 0.2 * noise), pieces)
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets[batch].flatten(), label_smoothing=0.05)
 
@@ -506,7 +516,7 @@ def read_labels(model, store: FeatureStore, rows: list[dict], processor, batch_s
         for start in range(0, len(known), batch_size):
             part = known[start : start + batch_size]
             with torch.inference_mode():
-                outputs, _ = model.paralinguistic_adapter(*store.batch(part))
+                outputs, _ = model.paralinguistic_adapter(*(t.to(model.device) for t in store.batch(part)))
             mean = outputs[:, place :: len(anchors)].mean(1)
             best = (mean @ anchors[name].T).argmax(-1)
             right += sum(labels[i] == row[name] for i, row in zip(best.tolist(), part, strict=True))
@@ -537,14 +547,15 @@ def train_queries(
         with torch.no_grad():  # it begins by saying the mean of the labels
             adapter.output.weight.zero_()
             adapter.output.bias.copy_(torch.cat(list(anchors.values())).mean(0))
-    targets = label_targets(rows, processor)
+    targets, device = label_targets(rows, processor), next(adapter.parameters()).device
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         batch = torch.randint(0, len(rows), (batch_size,), generator=generator)
         states, lengths = store.batch([rows[i] for i in batch])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bfloat16()):
+        states, lengths = states.to(device), lengths.to(device)
+        with fast_autocast(device):
             outputs = adapter.read(mask_frames(adapter.mix(states), lengths, generator), lengths)
-        return label_losses(outputs, targets[batch], list(anchors.values())).mean()
+        return label_losses(outputs, targets[batch].to(device), list(anchors.values())).mean()
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=weight_decay)
     about = {"stage": "queries"}
