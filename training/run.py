@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -41,7 +42,7 @@ from .features import FRAMES_PER_SECOND, FeatureStore, augmented
 from .journal import Journal, write_json, write_text
 from .prompts import PROMPTS
 from .recipe import DataRecipe, ModelRecipe, Recipe, StageRecipe
-from .tasks import ATTRIBUTES, label_sets, lend_histories, tasks_of
+from .tasks import ATTRIBUTES, TASKS, label_sets, lend_histories, tasks_of
 from .trainer import (
     DualSLMTrainer,
     StageDataset,
@@ -659,7 +660,7 @@ def run_stage(
 
 
 def plot_log(history: list[dict], path: Path) -> None:
-    """Losses, token accuracies and reply metrics over steps."""
+    """Losses, token accuracies and reply metrics over steps, a colour for each task."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -667,25 +668,28 @@ def plot_log(history: list[dict], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
     panels = (
-        ("loss", lambda k: "loss" in k),
-        ("token accuracy", lambda k: "token_accuracy" in k),
-        ("replies on validation", lambda k: k.startswith("eval_accuracy") or k in ("eval_wer", "eval_unparsed")),
+        ("loss of a token", r"(?:eval_)?loss(?:_(?P<task>\w+))?"),
+        ("token accuracy", r"(?:eval_)?token_accuracy_(?P<task>\w+)"),
+        ("replies on validation", r"eval_(?:accuracy_)?(?P<task>\w+)"),
     )
-    names = sorted({name for entry in history for name in entry})
-    for axis, (title, wanted) in zip(axes, panels, strict=True):
-        for name in filter(wanted, names):
+    replies = [f"accuracy_{task}" for task in TASKS] + ["wer", "unparsed"]
+    lines = {}
+    for axis, (title, pattern) in zip(axes, panels, strict=True):
+        for name in sorted({name for entry in history for name in entry}):
+            found = re.fullmatch(pattern, name)
+            if not found or (axis is axes[2] and name.removeprefix("eval_") not in replies):
+                continue
+            task = found["task"] or "all"
+            colour = f"C{TASKS.index(task)}" if task in TASKS else {"all": "black", "wer": "teal"}.get(task, "grey")
             points = [(e["step"], e[name]) for e in history if name in e]
-            colour = f"C{hash_of(name.removeprefix('eval_')) % 10}"
-            axis.plot(*zip(*points, strict=True), "--" if name.startswith("eval_") else "-", label=name, color=colour)
+            style = "--" if name.startswith("eval_") else "-"
+            (line,) = axis.plot(*zip(*points, strict=True), style, color=colour, linewidth=2 if task == "all" else 1.2)
+            lines.setdefault(task, line)
         axis.set(title=title + " (dashed: validation)" * (axis is not axes[2]), xlabel="step")
-        if axis.has_data():
-            axis.legend(fontsize=7)
+    if lines:
+        figure.legend(lines.values(), lines.keys(), loc="outside right center")
     figure.savefig(path, dpi=100)
     plt.close(figure)
-
-
-def hash_of(text: str) -> int:
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
 
 
 # --------------------------------------------------------------------------------------------------------------------
