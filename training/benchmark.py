@@ -33,7 +33,7 @@ def _now() -> float:
 
 @torch.inference_mode()
 def _spoken(model, processor, samples: np.ndarray, new_tokens: int) -> dict[str, float]:
-    times, start = {}, time.perf_counter()
+    times, start = {}, _now()
 
     def lap(name: str) -> None:
         nonlocal start
@@ -69,7 +69,7 @@ def _typed(model, processor, text: str, new_tokens: int) -> dict[str, float]:
     ).to(model.get_input_embeddings().weight.device)
     llm, times = model.language_model, {}
     for name, tokens in (("prefill", 1), ("generation", 1 + new_tokens)):
-        start = time.perf_counter()
+        start = _now()
         llm.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         times[name] = _now() - start
     return times
@@ -82,9 +82,9 @@ def _padded_encoder(model, processor, samples: np.ndarray) -> float:
     model.config.encoder_padding = processor.encoder_padding = "max_length"
     try:
         features = processor.extract_features([samples])
-        start = time.perf_counter()
+        start = _now()
         model.encode_audio(**features)
-        return time.perf_counter() - start
+        return _now() - start
     finally:
         model.config.encoder_padding, processor.encoder_padding = kept
 
@@ -93,7 +93,7 @@ def _turns(model, processor, samples: np.ndarray, count: int, new_tokens: int) -
     """Seconds to the first token of each of `count` spoken turns of one conversation."""
     conversation, times = processor.conversation(model), []
     for _ in range(count):
-        start, first = time.perf_counter(), []
+        start, first = _now(), []
 
         def watch(ids: torch.Tensor, scores: torch.Tensor, first: list[float] = first) -> torch.Tensor:
             if not first:

@@ -547,7 +547,8 @@ def train_queries(
         with torch.no_grad():  # it begins by saying the mean of the labels
             adapter.output.weight.zero_()
             adapter.output.bias.copy_(torch.cat(list(anchors.values())).mean(0))
-    targets, device = label_targets(rows, processor), next(adapter.parameters()).device
+    device = next(adapter.parameters()).device
+    targets = label_targets(rows, processor).to(device)
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         batch = torch.randint(0, len(rows), (batch_size,), generator=generator)
@@ -555,7 +556,7 @@ def train_queries(
         states, lengths = states.to(device), lengths.to(device)
         with fast_autocast(device):
             outputs = adapter.read(mask_frames(adapter.mix(states), lengths, generator), lengths)
-        return label_losses(outputs, targets[batch].to(device), list(anchors.values())).mean()
+        return label_losses(outputs, targets[batch], list(anchors.values())).mean()
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=weight_decay)
     about = {"stage": "queries"}
