@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from scipy.signal import lfilter
 
 from conftest import LABELS, make_model, tone
 from dual_slm.modeling_dual_slm import masked_statistics
@@ -19,7 +20,7 @@ from dual_slm.training.cli import _TUNABLES
 from dual_slm.training.corpora.folder import read_folder
 from dual_slm.training.corpora.schema import make_row
 from dual_slm.training.corpora.synthesis import build_nonspeech, degrade, span
-from dual_slm.training.features import FeatureStore, augmented, load_row
+from dual_slm.training.features import FeatureStore, augmented, load_row, other_voice
 from dual_slm.training.warm_start import (
     Letters,
     Speller,
@@ -135,6 +136,35 @@ def test_the_speed_of_a_copy_is_that_of_its_audio(tmp_path):
         spectrum = np.abs(np.fft.rfft(samples))
         heard = 16_000 * int(spectrum[len(samples) // 100 :].argmax() + len(samples) // 100) / len(samples)
         assert heard == pytest.approx(augmented(row, copy)["pitch_hz"], rel=0.01)
+
+
+def test_a_copy_in_another_voice_has_the_pitch_the_formants_and_the_tempo_that_it_says(tmp_path):
+    """A vowel of one formant: its pitch is measured, its formant is where the spectrum is strongest."""
+    rate, pulses = 16_000, np.zeros(32_000, np.float32)
+    pulses[:: rate // 125] = 1.0  # a voice of 125 Hz
+    formant = lfilter([1.0], [1.0, -2 * 0.98 * np.cos(2 * np.pi * 1_000 / rate), 0.98**2], pulses)
+    vowel = (0.1 * formant / np.abs(formant).max()).astype(np.float32)
+    for formants, pitch, tempo in ((1.2, 1.0, 1.0), (1.0, 1.3, 1.0), (1.0, 1.0, 0.9), (0.85, 1.2, 1.1)):
+        voice = other_voice(vowel, rate, formants, pitch, tempo)
+        assert len(voice) == pytest.approx(len(vowel) / tempo, rel=0.01)
+        assert measure(voice, rate)["pitch"] == pytest.approx(125 * pitch, rel=0.03)
+        power, frequencies = (
+            np.abs(np.fft.rfft(voice[4_000:-4_000])) ** 2,
+            np.fft.rfftfreq(len(voice) - 8_000, 1 / rate),
+        )
+        near = np.abs(frequencies - 1_000 * formants) < 1.5 * 125 * pitch  # a harmonic stands there
+        assert near[power.argmax()]
+    write_corpus(tmp_path, {"a.wav": {"samples": vowel, "split": "train"}})
+    (row,) = read_folder(tmp_path)
+    row |= {"gender": "male", "emotion": "sad", "pitch_hz": 125.0, "seconds_per_word": 0.3}
+    copies = [augmented(row, n, Thresholds(), revoice=True) for n in range(1, 5)]
+    assert len({copy["pitch_hz"] for copy in copies}) == 4
+    for copy in copies:
+        assert (copy["gender"], copy["emotion"], copy["energy"]) == (None, "sad", None)
+        assert len(load_row(copy)) == pytest.approx(32_000 * copy["seconds_per_word"] / 0.3, rel=0.01)
+    assert not np.array_equal(load_row(copies[0]), load_row(augmented(row, 1)))
+    silence = other_voice(np.zeros(3_200, np.float32), rate, 1.1, 0.9, 1.0)  # no voice to change
+    assert np.isfinite(silence).all() and np.abs(silence).max() < 1e-3
 
 
 def test_clips_without_speech_repeat_and_say_nothing(tmp_path):

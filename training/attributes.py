@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from tqdm import tqdm
@@ -31,6 +32,14 @@ class Thresholds:
 MEASURED = {"pitch": "pitch_hz", "energy": "energy_rms", "tempo": "seconds_per_word"}  # attribute -> column of a table
 
 
+def load_pyworld() -> ModuleType:
+    """pyworld, without the warning of its import."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "pkg_resources")  # pyworld 0.3.5 asks it for its own version
+        import pyworld
+    return pyworld
+
+
 def measure(samples: np.ndarray, sampling_rate: int, transcript: str | None = None) -> dict[str, float | None]:
     """Mean F0 in Hz (pyworld's dio and stonemask), mean RMS (librosa), seconds a word with silence trimmed.
 
@@ -38,10 +47,7 @@ def measure(samples: np.ndarray, sampling_rate: int, transcript: str | None = No
     """
     import librosa
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "pkg_resources")  # pyworld 0.3.5 asks it for its own version
-        import pyworld
-
+    pyworld = load_pyworld()
     wide = samples.astype(np.float64)
     f0, times = pyworld.dio(wide, sampling_rate)
     f0 = pyworld.stonemask(wide, f0, times, sampling_rate)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..processing_dual_slm import DualSLMProcessor, load_audio
-from .attributes import Thresholds, classify
+from .attributes import Thresholds, classify, load_pyworld
 from .backbones import cpu_has_bfloat16
 from .corpora.synthesis import degrade
 
@@ -28,8 +29,9 @@ SHARD = 512  # clips
 
 
 def load_row(row: dict, sampling_rate: int = 16_000) -> np.ndarray:
-    """The samples of a row. `row["augment"]`, a seed, asks for another speed, room, line and gain of the same clip;
-    `row["loudness"]`, a mean RMS (full scale 1), for the clip at that level."""
+    """The samples of a row. `row["augment"]`, a seed, asks for another speed, room, line and gain of the same clip, with
+    `row["revoice"]` for another voice in the place of the speed; `row["loudness"]`, a mean RMS (full scale 1), for the clip
+    at that level."""
     samples = load_audio(row["audio"], target_rate=sampling_rate)
     if row.get("loudness") is not None:
         samples = samples * np.float32(row["loudness"] / max(float(np.sqrt(np.mean(samples**2))), 1e-6))
@@ -37,26 +39,62 @@ def load_row(row: dict, sampling_rate: int = 16_000) -> np.ndarray:
         return samples
     import soxr
 
-    speed, rng = _speed(row)
-    samples = soxr.resample(samples, sampling_rate * speed, sampling_rate)
+    change, rng = _change(row)
+    if row.get("revoice"):
+        samples = other_voice(samples, sampling_rate, *change)
+    else:
+        samples = soxr.resample(samples, sampling_rate * change.tempo, sampling_rate)
     return degrade(samples, rng).astype(np.float32)
 
 
-def _speed(row: dict) -> tuple[float, np.random.Generator]:
-    """How much faster (and higher) an augmented copy is, and the draws of what else is done to it."""
+class _Change(NamedTuple):
+    """Factors of an augmented copy: formants and pitch (> 1: higher), tempo (> 1: faster)."""
+
+    formants: float
+    pitch: float
+    tempo: float
+
+
+def _change(row: dict) -> tuple[_Change, np.random.Generator]:
+    """What is changed in an augmented copy, and the draws of what else is done to it. Another speed changes all alike."""
     rng = np.random.default_rng([row["augment"], *hashlib.sha256(row["id"].encode()).digest()[:8]])
-    return float(np.exp(rng.uniform(-0.14, 0.14))), rng
+    if row.get("revoice"):
+        return _Change(*(float(np.exp(rng.uniform(-most, most))) for most in (0.18, 0.35, 0.12))), rng
+    return _Change(*[float(np.exp(rng.uniform(-0.14, 0.14)))] * 3), rng
 
 
-def augmented(row: dict, copy: int, thresholds: Thresholds | None = None) -> dict:
-    """Row of the augmented copy number `copy`: speaker, words and emotion stay; pitch and tempo follow the speed where they
-    were measured and `thresholds` are known; what is not known of it any more (energy, caption) is null."""
+def other_voice(samples: np.ndarray, sampling_rate: int, formants: float, pitch: float, tempo: float) -> np.ndarray:
+    """The clip by WORLD (pyworld) with its formants and its pitch moved and its tempo changed by these factors: (samples,)
+    -> (samples / tempo,). How it is said stays; who one hears is another."""
+    pyworld = load_pyworld()
+    samples = samples.astype(np.float64)
+    f0, times = pyworld.dio(samples, sampling_rate)
+    f0 = pyworld.stonemask(samples, f0, times, sampling_rate)
+    envelope = np.log(pyworld.cheaptrick(samples, f0, times, sampling_rate))
+    noise = pyworld.d4c(samples, f0, times, sampling_rate)
+    # What was at frequency f is at f * formants.
+    bins = envelope.shape[1]
+    place = np.minimum(np.arange(bins) / formants, bins - 1)
+    low = place.astype(int)
+    high, part = np.minimum(low + 1, bins - 1), place - low
+    moved = ((1 - part) * x[:, low] + part * x[:, high] for x in (envelope, noise))
+    envelope, noise = (np.ascontiguousarray(x) for x in moved)
+    period = pyworld.default_frame_period / tempo
+    return pyworld.synthesize(f0 * pitch, np.exp(envelope), noise, sampling_rate, period)
+
+
+def augmented(row: dict, copy: int, thresholds: Thresholds | None = None, revoice: bool = False) -> dict:
+    """Row of the augmented copy number `copy`: words and emotion stay; pitch and tempo follow the change where they were
+    measured and `thresholds` are known; what is not known of it any more (energy, caption, and with `revoice` the gender) is
+    null."""
     row = row | {"augment": copy, "caption": None} | dict.fromkeys(("pitch", "tempo", "energy", "energy_rms"))
-    speed = _speed(row)[0]
+    if revoice:
+        row |= {"revoice": True, "gender": None}
+    change = _change(row)[0]
     if row["pitch_hz"] is not None:
-        row["pitch_hz"] *= speed
+        row["pitch_hz"] *= change.pitch
     if row["seconds_per_word"] is not None:
-        row["seconds_per_word"] /= speed
+        row["seconds_per_word"] /= change.tempo
     if thresholds is not None:
         row |= classify({"pitch": row["pitch_hz"], "tempo": row["seconds_per_word"]}, thresholds)
     return row
@@ -101,7 +139,11 @@ class FeatureStore:
         self.pools = config.paralinguistic_pooling != "adaptive" and not config.paralinguistic_num_layers
         self.all_layers = config.paralinguistic_layer_mix and not self.pools
         identity = [config.audio_model_fingerprint, config.encoder_padding, self.pools, self.all_layers]
-        identity += [config.paralinguistic_layer_mix, bits, config.paralinguistic_pooling]
+        identity += [
+            config.paralinguistic_layer_mix,
+            bits,
+            config.paralinguistic_pooling if self.pools else "adaptive",
+        ]
         self.folder = Path(folder) / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         self.bits, self.width = bits, config.audio_hidden_size
         self.layers = config.audio_num_layers if self.all_layers else 1
@@ -126,14 +168,14 @@ class FeatureStore:
 
     def key(self, row: dict) -> str:
         """The clip of a row, by the content of its file."""
-        place = (row["audio"], row.get("augment"), row.get("loudness"))
-        place += (row["id"],) if row.get("augment") is not None else ()  # the id is what its speed is drawn by
+        place = (row["audio"], row.get("augment"), row.get("revoice"), row.get("loudness"))
+        place += (row["id"],) if row.get("augment") is not None else ()  # the id is what its change is drawn by
         if place not in self._hashes:
             digest = hashlib.sha256(Path(row["audio"]).read_bytes())
             if row.get("loudness") is not None:
                 digest.update(f"/loudness {row['loudness']}".encode())
             if row.get("augment") is not None:
-                digest.update(f"/{row['id']}/{row['augment']}".encode())
+                digest.update(f"/{row['id']}/{row['augment']}{'/voice' if row.get('revoice') else ''}".encode())
             self._hashes[place] = digest.hexdigest()[:32]
         return self._hashes[place]
 

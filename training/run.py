@@ -246,13 +246,16 @@ def load_data(recipe: Recipe, folder: Path, config, device: torch.device | str =
         digest.update(f"{row['id']}\t{row['split']}\t{row['transcript']}\t{row['response']}\t{labels}\n".encode())
     digest.update("\n".join(lines).encode())
     split = {name: [row for row in rows if row["split"] == name] for name in ("train", "validation")}
-    named = {*about.augment, *(corpus for stage in recipe.stages for corpus in stage.repeat)}
+    named = {*about.augment, *about.revoice, *(corpus for stage in recipe.stages for corpus in stage.repeat)}
     if unknown := sorted(named - {row["corpus"] for row in split["train"]}):
-        print(f"no training row is of a corpus that augment or repeat names: {', '.join(unknown)}", flush=True)
+        print(
+            f"no training row is of a corpus that augment, revoice or repeat names: {', '.join(unknown)}", flush=True
+        )
     thresholds = config.attribute_thresholds
     train, borders = list(split["train"]), Thresholds(**thresholds) if thresholds else None
     for row in split["train"]:
-        train += [augmented(row, copy, borders) for copy in range(1, about.augment.get(row["corpus"], 0) + 1)]
+        plain = about.augment.get(row["corpus"], 0)
+        train += [augmented(row, n, borders, revoice=n > plain) for n in range(1, about.copies(row) + 1)]
     return Data(train, split["validation"], digest.hexdigest(), words, lines)
 
 
@@ -854,7 +857,7 @@ def plan(recipe: Recipe, output: str | Path) -> str:
         rows = list(lend_histories(rows, read_table(*recipe.data.histories), recipe.train.seed))
     if recipe.data.synthesise_hours:
         lines.append(f"data      {recipe.data.synthesise_hours} h to synthesise")
-    train = sum(1 + recipe.data.augment.get(row["corpus"], 0) for row in rows if row["split"] == "train")
+    train = sum(1 + recipe.data.copies(row) for row in rows if row["split"] == "train")
     hours = sum(row["duration"] or 0 for row in rows) / 3600
     if rows:
         lines.append(f"data      {train:,} training clips with augmented copies, {hours:.2f} h of audio in all splits")
@@ -878,8 +881,7 @@ def plan(recipe: Recipe, output: str | Path) -> str:
     audio = AutoConfig.from_pretrained(resolve_backbone(recipe.model.audio_model_id))
     fields = adapter_defaults(recipe.model) | recipe.model.config
     store = FeatureStore(Path(output) / "features", DualSLMConfig(audio.to_dict(), **fields), recipe.data.feature_bits)
-    copies = [recipe.data.augment.get(row["corpus"], 0) if row["split"] == "train" else 0 for row in used]
-    seconds = sum((row["duration"] or 0) * (1 + n) for row, n in zip(used, copies, strict=True)) + 3600 * more_hours
+    seconds = sum((row["duration"] or 0) * (1 + recipe.data.copies(row)) for row in used) + 3600 * more_hours
     seconds = seconds or 3600 * recipe.data.synthesise_hours
     size = seconds * FRAMES_PER_SECOND * store.layers * store.width * store.bits / 8
     lines.append(

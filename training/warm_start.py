@@ -547,6 +547,11 @@ def train_queries(
         with torch.no_grad():  # it begins by saying the mean of the labels
             adapter.output.weight.zero_()
             adapter.output.bias.copy_(torch.cat(list(anchors.values())).mean(0))
+            if adapter.statistics:
+                batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+                pooled = torch.cat([adapter.pool(*store.batch(batch)) for batch in batches])
+                adapter.statistics_mean.copy_(pooled.mean(0))
+                adapter.statistics_scale.copy_(pooled.std(0).clamp(min=1e-4))
     device = next(adapter.parameters()).device
     targets = label_targets(rows, processor).to(device)
 
@@ -554,8 +559,9 @@ def train_queries(
         batch = torch.randint(0, len(rows), (batch_size,), generator=generator)
         states, lengths = store.batch([rows[i] for i in batch])
         states, lengths = states.to(device), lengths.to(device)
+        pooled = adapter.pool(states, lengths)
         with fast_autocast(device):
-            outputs = adapter.read(mask_frames(adapter.mix(states), lengths, generator), lengths)
+            outputs = adapter.read(mask_frames(adapter.mix(states), lengths, generator), lengths, pooled)
         return label_losses(outputs, targets[batch], list(anchors.values())).mean()
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=weight_decay)
