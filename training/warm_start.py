@@ -461,6 +461,7 @@ def train_paralinguistic(
 
 
 LABEL_SCALE = 10.0  # as soft tokens start: embedding rows are short
+OUTPUT_RATE = 0.01  # of the learning rate, for the query adapter's output layer
 
 
 def label_rows(model: DualSLMForConditionalGeneration, processor: DualSLMProcessor) -> dict[str, torch.Tensor]:
@@ -560,10 +561,17 @@ def train_queries(
         states, lengths = store.batch([rows[i] for i in batch])
         states, lengths = states.to(device), lengths.to(device)
         pooled = adapter.pool(states, lengths)
+        if pooled is not None:
+            noise = torch.randn(pooled.shape, generator=generator).to(device)
+            pooled = pooled + 0.5 * noise * adapter.statistics_scale
         with fast_autocast(device):
             outputs = adapter.read(mask_frames(adapter.mix(states), lengths, generator), lengths, pooled)
         return label_losses(outputs, targets[batch], list(anchors.values())).mean()
 
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    # The loss is steep in the outputs: at the others' rate a step of this one layer would move the logits by tens.
+    output, others = list(adapter.output.parameters()), adapter.named_parameters()
+    groups = [{"params": [value for name, value in others if not name.startswith("output.")]}]
+    groups.append({"params": output, "lr": learning_rate * OUTPUT_RATE})
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
     about = {"stage": "queries"}
     return _descend(adapter, optimizer, loss, steps, 50, about, seed, evaluate, evaluate_every, checkpoint)
