@@ -36,8 +36,7 @@ class DualSLMConfig(PreTrainedConfig):
         paralinguistic_adapter_type (`str`, defaults to `"pooling"`):
             `"pooling"` is the dual-adapter paper's. `"query"` is EmoSLLM's QPMapper (arXiv 2508.14130): learned queries
             beside the frames through transformer layers of width `paralinguistic_hidden_size` (768 there, 2 layers, 8
-            heads, 32 queries), then a linear layer; of the other fields it uses the layer mix, the dropout and the pooling:
-            with statistics the queries begin from those of every layer, through a linear layer.
+            heads, 32 queries), then a linear layer; of the other fields it uses the layer mix and the dropout.
         num_paralinguistic_tokens (`int`, defaults to 16):
             Embeddings of one utterance from the paralinguistic adapter. (The public text of the paper lost its value.)
         paralinguistic_num_layers (`int`, defaults to 1):

@@ -98,9 +98,6 @@ def _transformer_layers(config: DualSLMConfig, width: int, norm_first: bool = Fa
     )
 
 
-STATISTICS = {"adaptive": 0, "statistics": 2, "dynamics": 3}  # of each channel
-
-
 class ParalinguisticAdapter(nn.Module):
     """How it is said: a whole utterance -> N embeddings (section III-A, eq. 4).
 
@@ -114,7 +111,7 @@ class ParalinguisticAdapter(nn.Module):
         width, out = config.audio_hidden_size, config.text_config.hidden_size
         self.layers = _transformer_layers(config, width)
         self.layer_weights = None
-        self.statistics = STATISTICS[self.pooling]
+        self.statistics = {"statistics": 2, "dynamics": 3}.get(self.pooling, 0)  # of each channel
         if config.paralinguistic_layer_mix:  # softmax over L
             mixtures = self.num_tokens if self.statistics else 1
             self.layer_weights = nn.Parameter(torch.zeros(config.audio_num_layers, mixtures))
@@ -212,13 +209,6 @@ class QueryAdapter(nn.Module):
         self.norm = nn.LayerNorm(config.audio_hidden_size)
         self.input = nn.Linear(config.audio_hidden_size, width)
         self.queries = nn.Parameter(torch.zeros(config.num_paralinguistic_tokens, width))
-        self.statistics = STATISTICS[config.paralinguistic_pooling]
-        if self.statistics:
-            rows = config.audio_num_layers if config.paralinguistic_layer_mix else 1
-            self.register_buffer("statistics_mean", torch.zeros(rows, self.statistics * config.audio_hidden_size))
-            self.register_buffer("statistics_scale", torch.ones(rows, self.statistics * config.audio_hidden_size))
-            self.start = nn.Linear(self.statistics_mean.numel(), width)
-            self.dropout = nn.Dropout(0.5)  # they are many, and any half of them says nearly as much
         self.layers = _transformer_layers(config, width, norm_first=True)
         for layer in self.layers:  # random numbers for every attention weight would take half of a step on a CPU
             layer.self_attn.dropout = 0.0
@@ -230,20 +220,10 @@ class QueryAdapter(nn.Module):
             return states[:, -1]
         return torch.einsum("l,altc->atc", self.layer_weights[:, 0].softmax(0), states)
 
-    def pool(self, states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor | None:
-        """(A, L, T, C) -> (A, L, P): what the queries begin from, where they begin from statistics."""
-        if not self.statistics:
-            return None
-        states = states if self.layer_weights is not None else states[:, -1:]
-        return masked_statistics(states, lengths, self.statistics == 3)
-
-    def read(self, frames: torch.Tensor, lengths: torch.Tensor, pooled: torch.Tensor | None = None) -> torch.Tensor:
-        """(A, T, C), and with statistics (A, L, P) -> (A, N, D): what the queries make of the frames."""
+    def read(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """(A, T, C) -> (A, N, D): what the queries make of the frames."""
         frames = self.input(self.norm(frames))
         queries = self.queries.expand(len(frames), -1, -1)
-        if self.statistics:
-            pooled = ((pooled - self.statistics_mean) / self.statistics_scale).flatten(1)
-            queries = queries + self.start(self.dropout(pooled))[:, None]
         padding = ~_length_mask(lengths, frames.shape[1])
         padding = torch.cat([padding.new_zeros(queries.shape[:2]), padding], dim=1)
         states = torch.cat([queries, frames], dim=1)
@@ -255,7 +235,7 @@ class QueryAdapter(nn.Module):
         self, states: torch.Tensor, lengths: torch.Tensor, embedding: nn.Module | None = None
     ) -> tuple[torch.Tensor, None]:
         """(A, L, T, C) layers of the encoder and (A,) real frames -> (A, N, D) embeddings."""
-        return self.read(self.mix(states), lengths, self.pool(states, lengths)), None
+        return self.read(self.mix(states), lengths), None
 
 
 class LinguisticAdapter(nn.Module):
@@ -830,9 +810,6 @@ class DualSLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.normal_(module.queries, std=1.0)
             if module.layer_weights is not None:
                 init.zeros_(module.layer_weights)
-            if module.statistics:
-                init.zeros_(module.statistics_mean)
-                init.ones_(module.statistics_scale)
         elif isinstance(module, Lexicon):
             init.zeros_(module.spellings)
             init.zeros_(module.counts)

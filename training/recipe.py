@@ -41,12 +41,6 @@ class DataRecipe:
     tables: list[str] = field(default_factory=list)
     augment: dict = field(default_factory=dict, metadata={"help": "corpus -> augmented copies of each training clip"})
     revoice: dict = field(default_factory=dict, metadata={"help": "corpus -> copies in other voices, augmented too"})
-
-    def copies(self, row: dict) -> int:
-        """Augmented copies of a row."""
-        names = (self.augment, self.revoice) if row["split"] == "train" else ()
-        return sum(copies.get(row["corpus"], 0) for copies in names)
-
     synthesise_hours: float = 0.0
     synthesise_engines: list[str] = field(default_factory=lambda: list(ENGINES))
     align_responses: bool = field(
@@ -63,6 +57,11 @@ class DataRecipe:
     read_aloud: int = field(default=2, metadata={"help": "validation replies that are printed at each evaluation"})
     feature_bits: int = 16
     skip_damaged: bool = field(default=False, metadata={"help": "leave out rows whose audio cannot be read, by name"})
+
+    def copies(self, row: dict) -> int:
+        """Augmented copies of a row."""
+        names = (self.augment, self.revoice) if row["split"] == "train" else ()
+        return sum(copies.get(row["corpus"], 0) for copies in names)
 
 
 @dataclass

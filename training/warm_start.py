@@ -461,7 +461,6 @@ def train_paralinguistic(
 
 
 LABEL_SCALE = 10.0  # as soft tokens start: embedding rows are short
-OUTPUT_RATE = 0.01  # of the learning rate, for the query adapter's output layer
 
 
 def label_rows(model: DualSLMForConditionalGeneration, processor: DualSLMProcessor) -> dict[str, torch.Tensor]:
@@ -548,11 +547,6 @@ def train_queries(
         with torch.no_grad():  # it begins by saying the mean of the labels
             adapter.output.weight.zero_()
             adapter.output.bias.copy_(torch.cat(list(anchors.values())).mean(0))
-            if adapter.statistics:
-                batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
-                pooled = torch.cat([adapter.pool(*store.batch(batch)) for batch in batches])
-                adapter.statistics_mean.copy_(pooled.mean(0))
-                adapter.statistics_scale.copy_(pooled.std(0).clamp(min=1e-4))
     device = next(adapter.parameters()).device
     targets = label_targets(rows, processor).to(device)
 
@@ -560,18 +554,10 @@ def train_queries(
         batch = torch.randint(0, len(rows), (batch_size,), generator=generator)
         states, lengths = store.batch([rows[i] for i in batch])
         states, lengths = states.to(device), lengths.to(device)
-        pooled = adapter.pool(states, lengths)
-        if pooled is not None:
-            noise = torch.randn(pooled.shape, generator=generator).to(device)
-            pooled = pooled + 0.5 * noise * adapter.statistics_scale
         with fast_autocast(device):
-            outputs = adapter.read(mask_frames(adapter.mix(states), lengths, generator), lengths, pooled)
+            outputs = adapter.read(mask_frames(adapter.mix(states), lengths, generator), lengths)
         return label_losses(outputs, targets[batch], list(anchors.values())).mean()
 
-    # The loss is steep in the outputs: at the others' rate a step of this one layer would move the logits by tens.
-    output, others = list(adapter.output.parameters()), adapter.named_parameters()
-    groups = [{"params": [value for name, value in others if not name.startswith("output.")]}]
-    groups.append({"params": output, "lr": learning_rate * OUTPUT_RATE})
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=weight_decay)
     about = {"stage": "queries"}
     return _descend(adapter, optimizer, loss, steps, 50, about, seed, evaluate, evaluate_every, checkpoint)
