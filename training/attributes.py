@@ -40,6 +40,13 @@ def load_pyworld() -> ModuleType:
     return pyworld
 
 
+def pitch_track(samples: np.ndarray, sampling_rate: int) -> tuple[np.ndarray, np.ndarray]:
+    """F0 in Hz (0 where there is no voice) and its times in seconds, by pyworld's dio and stonemask; samples in float64."""
+    pyworld = load_pyworld()
+    f0, times = pyworld.dio(samples, sampling_rate)
+    return pyworld.stonemask(samples, f0, times, sampling_rate), times
+
+
 def measure(samples: np.ndarray, sampling_rate: int, transcript: str | None = None) -> dict[str, float | None]:
     """Mean F0 in Hz (pyworld's dio and stonemask), mean RMS (librosa), seconds a word with silence trimmed.
 
@@ -47,10 +54,7 @@ def measure(samples: np.ndarray, sampling_rate: int, transcript: str | None = No
     """
     import librosa
 
-    pyworld = load_pyworld()
-    wide = samples.astype(np.float64)
-    f0, times = pyworld.dio(wide, sampling_rate)
-    f0 = pyworld.stonemask(wide, f0, times, sampling_rate)
+    f0, _ = pitch_track(samples.astype(np.float64), sampling_rate)
     voiced = f0[f0 > 0]
     words = len((transcript or "").split())
     trimmed, _ = librosa.effects.trim(samples, top_db=30)

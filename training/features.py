@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..processing_dual_slm import DualSLMProcessor, load_audio
-from .attributes import Thresholds, classify, load_pyworld
+from .attributes import Thresholds, classify, load_pyworld, pitch_track
 from .backbones import cpu_has_bfloat16
 from .corpora.synthesis import degrade
 
@@ -68,17 +68,11 @@ def other_voice(samples: np.ndarray, sampling_rate: int, formants: float, pitch:
     -> (samples / tempo,). How it is said stays; who one hears is another."""
     pyworld = load_pyworld()
     samples = samples.astype(np.float64)
-    f0, times = pyworld.dio(samples, sampling_rate)
-    f0 = pyworld.stonemask(samples, f0, times, sampling_rate)
+    f0, times = pitch_track(samples, sampling_rate)
     envelope = np.log(pyworld.cheaptrick(samples, f0, times, sampling_rate))
     noise = pyworld.d4c(samples, f0, times, sampling_rate)
-    # What was at frequency f is at f * formants.
-    bins = envelope.shape[1]
-    place = np.minimum(np.arange(bins) / formants, bins - 1)
-    low = place.astype(int)
-    high, part = np.minimum(low + 1, bins - 1), place - low
-    moved = ((1 - part) * x[:, low] + part * x[:, high] for x in (envelope, noise))
-    envelope, noise = (np.ascontiguousarray(x) for x in moved)
+    bins = np.arange(envelope.shape[1])  # what was at a frequency is at `formants` times it
+    envelope, noise = (np.array([np.interp(bins / formants, bins, frame) for frame in x]) for x in (envelope, noise))
     period = pyworld.default_frame_period / tempo
     return pyworld.synthesize(f0 * pitch, np.exp(envelope), noise, sampling_rate, period)
 
@@ -139,11 +133,7 @@ class FeatureStore:
         self.pools = config.paralinguistic_pooling != "adaptive" and not config.paralinguistic_num_layers
         self.all_layers = config.paralinguistic_layer_mix and not self.pools
         identity = [config.audio_model_fingerprint, config.encoder_padding, self.pools, self.all_layers]
-        identity += [
-            config.paralinguistic_layer_mix,
-            bits,
-            config.paralinguistic_pooling if self.pools else "adaptive",
-        ]
+        identity += [config.paralinguistic_layer_mix, bits, config.paralinguistic_pooling]
         self.folder = Path(folder) / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         self.bits, self.width = bits, config.audio_hidden_size
         self.layers = config.audio_num_layers if self.all_layers else 1
