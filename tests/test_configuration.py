@@ -64,6 +64,11 @@ def test_every_field_survives_a_round_trip(tmp_path):
             "letters has no linguistic_ctc_vocab_size",
         ),
         ({"paralinguistic_num_heads": 7, "paralinguistic_num_layers": 1}, "no multiple of paralinguistic_num_heads=7"),
+        (
+            {"paralinguistic_layer_concat": True, "paralinguistic_num_layers": 1},
+            "it needs paralinguistic_adapter_type: pooling",
+        ),
+        ({"paralinguistic_layer_concat": True, "paralinguistic_adapter_type": "query"}, "side by side"),
     ],
 )
 def test_contradictions_are_refused(fields, message):

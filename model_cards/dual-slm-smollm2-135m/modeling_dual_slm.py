@@ -112,7 +112,8 @@ class ParalinguisticAdapter(nn.Module):
         self.layers = _transformer_layers(config, width)
         self.layer_weights = None
         self.statistics = {"statistics": 2, "dynamics": 3}.get(self.pooling, 0)  # of each channel
-        if config.paralinguistic_layer_mix:  # softmax over L
+        self.concat = config.paralinguistic_layer_concat
+        if config.paralinguistic_layer_mix and not self.concat:  # softmax over L
             mixtures = self.num_tokens if self.statistics else 1
             self.layer_weights = nn.Parameter(torch.zeros(config.audio_num_layers, mixtures))
         pooled = width
@@ -121,6 +122,7 @@ class ParalinguisticAdapter(nn.Module):
             pooled, rows = self.statistics * width, config.audio_num_layers if config.paralinguistic_layer_mix else 1
             self.register_buffer("statistics_mean", torch.zeros(rows, pooled))
             self.register_buffer("statistics_scale", torch.ones(rows, pooled))
+            pooled *= rows if self.concat else 1
         hidden = config.paralinguistic_hidden_size
         self.hidden = nn.Linear(pooled, hidden) if hidden else None
         self.dropout = nn.Dropout(config.paralinguistic_dropout)
@@ -158,7 +160,9 @@ class ParalinguisticAdapter(nn.Module):
         """What the output layer reads, (A, N, P)."""
         if self.statistics:
             pooled = (pooled - self.statistics_mean) / self.statistics_scale
-            if self.layer_weights is not None and pooled.shape[1] == len(self.layer_weights):
+            if self.concat:
+                pooled = pooled.flatten(1)[:, None].expand(-1, self.num_tokens, -1)
+            elif self.layer_weights is not None and pooled.shape[1] == len(self.layer_weights):
                 pooled = torch.einsum("ln,alp->anp", self.layer_weights.softmax(0), pooled)
             else:
                 pooled = pooled[:, -1:].expand(-1, self.num_tokens, -1)

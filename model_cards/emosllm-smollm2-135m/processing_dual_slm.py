@@ -822,7 +822,7 @@ class DualSLMConversation:
                 with torch.no_grad():
                     features = self.model.get_audio_features(**{name: inputs[name] for name in names})
                 turn |= self.processor.decode_audio(features)[0]
-                if turn["attributes"] is None:
+                if self.processor.attribute_questions:  # the LLM's answer, with the words, before the adapter's alone
                     turn["attributes"] = self.processor.ask_attributes(self.model, part, features)
             if words_as_text:
                 turn["heard"] = part.get("transcript")
