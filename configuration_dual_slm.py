@@ -254,9 +254,8 @@ class DualSLMConfig(PreTrainedConfig):
                 "linguistic_adapter_type: letters has no linguistic_ctc_vocab_size and no linguistic_soft_residual, and a "
                 f"linguistic_hidden_size that is a multiple of 8, not {self.linguistic_hidden_size}."
             )
-        statistics = self.paralinguistic_pooling != "adaptive" and not self.paralinguistic_num_layers
         if self.paralinguistic_layer_concat and not (
-            statistics and self.paralinguistic_layer_mix and self.paralinguistic_adapter_type == "pooling"
+            self.reads_statistics and self.paralinguistic_layer_mix and self.paralinguistic_adapter_type == "pooling"
         ):
             raise ValueError(
                 "paralinguistic_layer_concat puts the statistics of all layers side by side: it needs "
@@ -288,6 +287,11 @@ class DualSLMConfig(PreTrainedConfig):
     def audio_num_layers(self) -> int:
         """Transformer layers of the speech encoder."""
         return self.audio_config.num_hidden_layers
+
+    @property
+    def reads_statistics(self) -> bool:
+        """Whether the paralinguistic adapter reads nothing but statistics of an utterance."""
+        return self.paralinguistic_pooling != "adaptive" and not self.paralinguistic_num_layers
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         return self.text_config

@@ -130,7 +130,7 @@ class FeatureStore:
     def __init__(self, folder: str | Path, config, bits: int = 16):
         if bits not in (8, 16):
             raise ValueError(f"features are kept in 16 or 8 bits, not {bits}.")
-        self.pools = config.paralinguistic_pooling != "adaptive" and not config.paralinguistic_num_layers
+        self.pools = config.reads_statistics
         self.all_layers = config.paralinguistic_layer_mix and not self.pools
         identity = [config.audio_model_fingerprint, config.encoder_padding, self.pools, self.all_layers]
         identity += [config.paralinguistic_layer_mix, bits, config.paralinguistic_pooling]
