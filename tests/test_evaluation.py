@@ -291,7 +291,15 @@ def test_hearing_asks_every_clip_and_agrees_with_the_limited_suites(whole):
     assert figure(result, "hearing", "read", "asr", "heard", "WER")["samples"] == 12
     assert figure(result, "hearing", "acted", "emotion", "heard", "accuracy")["samples"] == 12
     assert figure(result, "hearing", "acted", "emotion, equal loudness", "heard", "accuracy")["samples"] == 12
-    assert figure(result, "hearing", "acted", "gender", "linear probe of the encoder", "accuracy")["samples"] == 12
+    for task in ("gender", "emotion", "emotion, equal loudness"):
+        assert figure(result, "hearing", "acted", task, "linear probe of the encoder", "accuracy")["samples"] == 12
+    asked = {r["task"] for r in records_of(folder, "hearing") if r["condition"].startswith("linear probe")}
+    assert asked == {
+        "gender",
+        "emotion",
+        "emotion, equal loudness",
+        "sentence",
+    }  # loudness matters to the emotion alone
     place = ("corpus", "id", "task", "condition")
     every = {tuple(r[n] for n in place): r["reply"] for r in records_of(folder, "hearing")}
     for suite in ("asr", "attributes"):

@@ -266,6 +266,19 @@ def corpus_read(args: argparse.Namespace) -> None:
     print(f"{count:,} rows in {out}")
 
 
+def corpus_folds(args: argparse.Namespace) -> None:
+    """Cross-validation over the speakers of a table; a table for each fold, the table's own test speakers in none."""
+    from .corpora.schema import SPLITS, cross_validated, read_table, write_table
+
+    for number, rows in enumerate(cross_validated(read_table(args.table), args.folds), 1):
+        path = Path(args.out) / f"fold-{number}.parquet"
+        write_table(rows, path)
+        who = {row["split"]: {} for row in sorted(rows, key=lambda row: SPLITS.index(row["split"]))}
+        for row in rows:
+            who[row["split"]][row["speaker"]] = None
+        print(f"{path}: " + "; ".join(f"{split} {', '.join(sorted(names))}" for split, names in who.items()))
+
+
 def corpus_label(args: argparse.Namespace) -> None:
     """Measure pitch, energy and tempo of each clip, label them and write captions; in place unless --out is given."""
     from .attributes import Thresholds, label_row, measure_rows, read_thresholds, tertiles, write_thresholds
@@ -474,7 +487,7 @@ def build_parser() -> argparse.ArgumentParser:
     corpus = commands.add_parser(
         "corpus", help="data sets as tables of conversations", description="Corpora as tables."
     )
-    rooms = corpus.add_subparsers(dest="corpus", required=True, metavar="build | read | label | stats | show")
+    rooms = corpus.add_subparsers(dest="corpus", required=True, metavar="build | read | folds | label | stats | show")
 
     def room(name: str, function) -> argparse.ArgumentParser:
         sub = rooms.add_parser(name, help=function.__doc__.split(";")[0].rstrip("."), description=function.__doc__)
@@ -499,6 +512,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--fold", type=int, default=None, help="IEMOCAP: the session that is the test, 1 to 5 (default 1)"
     )
+
+    sub = room("folds", corpus_folds)
+    sub.add_argument("table")
+    sub.add_argument("--folds", type=int, default=4)
+    sub.add_argument("--out", required=True, metavar="DIR", help="for fold-1.parquet and the others")
 
     sub = room("label", corpus_label)
     sub.add_argument("table")

@@ -171,6 +171,29 @@ def split_by(key: str, seed: int = 0, validation: float = 0.05, test: float = 0.
     return "test" if draw < test else "validation" if draw < test + validation else "train"
 
 
+def cross_validated(rows: Iterable[dict], folds: int) -> Iterator[list[dict]]:
+    """The rows of each fold of a cross-validation over the speakers who are not the test: dealt out by gender, those of a
+    fold are its test, every second one of the next fold its validation, the others are trained on.
+
+    Raises:
+        ValueError: a row has no speaker, or there are too few of them.
+    """
+    rows = [row for row in rows if row["split"] != "test"]
+    nameless = next((row["id"] for row in rows if row["speaker"] is None), None)
+    if nameless is not None:
+        raise ValueError(f"{nameless} has no speaker: folds are by speaker.")
+    genders = {row["speaker"]: row["gender"] or "" for row in rows}
+    speakers = sorted(genders, key=lambda speaker: (genders[speaker], speaker))
+    if folds < 3 or len(speakers) < folds:
+        raise ValueError(
+            f"{folds} folds of {len(speakers)} speakers: it takes 3 folds (test, validation, the rest) and a speaker in each."
+        )
+    parts = [speakers[n::folds] for n in range(folds)]
+    for n, part in enumerate(parts):
+        splits = dict.fromkeys(parts[(n + 1) % folds][::2], "validation") | dict.fromkeys(part, "test")
+        yield [row | {"split": splits.get(row["speaker"], "train")} for row in rows]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # From what a corpus says to what is there
 # --------------------------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def _hearing(system: Checkpoint, bench: Bench) -> Iterator[dict]:
     found += direct(voices, system.hear(voices), "attributes")
     found += direct(level, system.hear(level), "attributes", only="emotion")
     if train:
-        found += probe(system, train, voices, "hearing", ("encoder",))
+        found += probe(system, train, voices + level, "hearing", ("encoder",))
     return (record | {"suite": "hearing"} for record in found)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..tasks import ATTRIBUTES
-from .suites import TAUGHT
+from .suites import EQUAL, TAUGHT
 from .systems import Checkpoint
 
 FEW_SENTENCES = 20  # a corpus with so few has "which sentence" as a target: what is said, as a class
@@ -48,7 +48,7 @@ def targets(rows: list[dict]) -> Iterator[tuple[str, str]]:
 
 def probe(system: Checkpoint, train: list[dict], test: list[dict], suite: str, sources=SOURCES) -> Iterator[dict]:
     """Records of probes that are trained on `train` and asked on `test`, nothing tuned: standardised features, at most 256
-    principal components, L2 with C = 1."""
+    principal components, L2 with C = 1. Of a test row brought to equal loudness they are asked the emotion alone."""
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -61,7 +61,7 @@ def probe(system: Checkpoint, train: list[dict], test: list[dict], suite: str, s
             column = "transcript" if target == "sentence" else target
             fit, ask = ([r for r in side if r["corpus"] == corpus and r[column]] for side in (train, test))
             choices = sorted({row[column] for row in fit})
-            ask = [row for row in ask if row[column] in choices]
+            ask = [row for row in ask if row[column] in choices and (target == "emotion" or not row.get("loudness"))]
             if not ask:
                 continue
             features = np.stack([known[id(row)] for row in fit])
@@ -71,7 +71,8 @@ def probe(system: Checkpoint, train: list[dict], test: list[dict], suite: str, s
             model.fit(features, [row[column] for row in fit])
             answers = model.predict(np.stack([known[id(row)] for row in ask]))
             for row, answer in zip(ask, answers, strict=True):
-                record = {"suite": suite, "condition": f"linear probe of the {source}", "task": target}
+                record = {"suite": suite, "condition": f"linear probe of the {source}"}
+                record |= {"task": target + (EQUAL if row.get("loudness") else "")}
                 record |= {"corpus": corpus, "id": row["id"], "speaker": row["speaker"] or row["id"]}
                 record |= {"gender": row["gender"], "audio": row["audio"], "reply": str(answer)}
                 yield record | {"label": row[column], "parsed": str(answer), "choices": choices}
