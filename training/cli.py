@@ -254,7 +254,9 @@ def corpus_read(args: argparse.Namespace) -> None:
         raise ValueError(f"--role-reversed is StyleTalk's second test, not {args.name}'s.")
     if args.fold is not None:
         if args.name != "iemocap":
-            raise ValueError(f"--fold is for IEMOCAP, whose sessions are the folds; {args.name} has splits.")
+            raise ValueError(
+                "--fold is for IEMOCAP, whose sessions are the folds; others are cut by `dual-slm corpus folds`."
+            )
         options["fold"] = args.fold
     report = Report()
     rows = check_rows(
