@@ -91,6 +91,12 @@ class WarmStartRecipe:
         default=None, metadata={"help": "a checkpoint whose linguistic adapter stage 0 goes on from"}
     )
     caption_steps: int = 1_500
+    caption_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "divides the logits of captions once they are learnt: the LLM learns to read softer mixtures"
+        },
+    )
 
 
 @dataclass
@@ -290,6 +296,8 @@ def _check(recipe: Recipe, where: str) -> None:
             faults.append(f"{name} is {value!r}; it must be one of {', '.join(known)}")
     if recipe.warm_start.enabled and recipe.model.adapters == "paper":
         faults.append("warm_start.enabled needs other model.adapters than the paper's, which have no pieces to spell")
+    if recipe.warm_start.caption_temperature <= 0:
+        faults.append(f"warm_start.caption_temperature is {recipe.warm_start.caption_temperature}; it must be above 0")
     in_letters = recipe.model.config.get("linguistic_adapter_type") == "letters"
     if in_letters:
         if recipe.model.adapters != "warm_start":

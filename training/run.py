@@ -526,6 +526,8 @@ def warm_start(recipe: Recipe, folder: Path, model, processor, store: FeatureSto
             evaluate_every=min(250, max(1, about.caption_steps // 4)),
             checkpoint=folder / "paralinguistic.pt",
         )
+        with torch.no_grad():
+            model.paralinguistic_adapter.soft_tokens.scale.div_(about.caption_temperature)
     return log
 
 
