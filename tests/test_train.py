@@ -1043,6 +1043,7 @@ def test_every_recipe_of_the_package_is_sound():
         (["stages.0.facts=[gendr]"], "no 'gendr'; did you mean 'gender'"),
         (["model.adapters=emosllm"], "emosllm hears no words: linguistic_source is transcript or none"),
         (["train.shard_llm=true", "model.load_in_4bit=true"], "shard_llm is for an LLM without LoRA in 16 or 32 bits"),
+        (["warm_start.caption_temperature=0"], "caption_temperature is 0; it must be above 0"),
         (["batch"], "it is KEY=VALUE"),
     ],
 )

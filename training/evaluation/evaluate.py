@@ -199,7 +199,7 @@ def _beside(system: Checkpoint, suite: str, queries: list[Query], bench: Bench) 
             system.prepare(train)
             branches = ("P branch",) if system.words_as_text else ("P branch", "L branch")
             sources = ("encoder",) if suite == "attributes" else branches
-            found += probe(system, train, list(clips.values()), suite, sources)
+            found += probe(system, train, [*clips.values(), *level.values()], suite, sources)
         else:
             bench.notes.append(f"{suite}: the tables have no training rows of these corpora, so no linear probes.")
     return found
