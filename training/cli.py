@@ -392,7 +392,7 @@ def train(args: argparse.Namespace) -> None:
 
     if args.list:
         for path in sorted(RECIPES.glob("*.yaml")):
-            print(f"{path.stem:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+            print(f"{path.stem:30} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
         return
     if not args.recipe or not (args.output or args.dry_run):
         raise ValueError("--recipe NAME_OR_FILE and --output DIR are needed (--list shows the recipes there are).")
