@@ -20,9 +20,19 @@ import soundfile
 
 from conftest import tone
 from dual_slm.training.cli import main
-from dual_slm.training.corpora import CORPORA, reader, schema
+from dual_slm.training.corpora import CORPORA, reader
 from dual_slm.training.corpora.folder import read_folder
-from dual_slm.training.corpora.schema import Report, check_rows, make_row, read_table, share, split_by, write_table
+from dual_slm.training.corpora.schema import (
+    SPLITS,
+    Report,
+    check_rows,
+    cross_validated,
+    make_row,
+    read_table,
+    share,
+    split_by,
+    write_table,
+)
 from dual_slm.training.corpora.textrolspeech import speaker_of
 from dual_slm.training.stats import leaks
 
@@ -669,15 +679,8 @@ def test_shares_are_even_and_splits_near_five_percent():
 
 
 def test_in_a_cross_validation_each_speaker_is_unheard_once_and_the_test_never_heard(tmp_path, capsys):
-    people = [
-        ("ann", "female"),
-        ("bob", "male"),
-        ("cid", "male"),
-        ("dot", "female"),
-        ("eve", "female"),
-        ("fay", "female"),
-    ]
-    people += [("gus", "male"), ("hal", "male"), ("ivy", "female")]
+    women, men = ("ann", "dot", "eve", "fay", "ivy"), ("bob", "cid", "gus", "hal")
+    people = sorted([(name, "female") for name in women] + [(name, "male") for name in men])
     rows = [
         line(10 * n + clip, speaker=name, gender=gender) | {"split": "test" if name == "ivy" else "train"}
         for n, (name, gender) in enumerate(people)
@@ -690,16 +693,16 @@ def test_in_a_cross_validation_each_speaker_is_unheard_once_and_the_test_never_h
     for number in range(1, 5):
         fold = list(read_table(tmp_path / f"folds/fold-{number}.parquet"))
         assert len(fold) == 16 and not leaks(fold)[0]
-        of = {split: {(r["speaker"], r["gender"]) for r in fold if r["split"] == split} for split in schema.SPLITS}
+        of = {split: {(r["speaker"], r["gender"]) for r in fold if r["split"] == split} for split in SPLITS}
         assert len(of["validation"]) == 1 and len(of["train"]) == 5
         assert {gender for _, gender in of["test"]} == {"female", "male"}
         tests += of["test"]
-    assert sorted(tests) == sorted(people[:-1])
+    assert sorted(tests) == people[:-1]
 
     with pytest.raises(ValueError, match="9 folds of 8 speakers"):
-        next(schema.cross_validated(rows, 9))
+        next(cross_validated(rows, 9))
     with pytest.raises(ValueError, match="1 has no speaker: folds are by speaker"):
-        next(schema.cross_validated([line(1, speaker=None)], 3))
+        next(cross_validated([line(1, speaker=None)], 3))
 
 
 def test_two_tables_may_not_hold_the_same_row(tmp_path):

@@ -275,10 +275,8 @@ def corpus_folds(args: argparse.Namespace) -> None:
     for number, rows in enumerate(cross_validated(read_table(args.table), args.folds), 1):
         path = Path(args.out) / f"fold-{number}.parquet"
         write_table(rows, path)
-        who = {row["split"]: {} for row in sorted(rows, key=lambda row: SPLITS.index(row["split"]))}
-        for row in rows:
-            who[row["split"]][row["speaker"]] = None
-        print(f"{path}: " + "; ".join(f"{split} {', '.join(sorted(names))}" for split, names in who.items()))
+        names = {split: sorted({row["speaker"] for row in rows if row["split"] == split}) for split in SPLITS}
+        print(f"{path}: " + "; ".join(f"{split} {', '.join(those)}" for split, those in names.items()))
 
 
 def corpus_label(args: argparse.Namespace) -> None:
