@@ -1,23 +1,27 @@
 """Speech language models that hear how something is said as well as what is said.
 
-Lazy on purpose: pytest imports this file a second time under the name of the repository's folder, and an eager import
-would define every class twice.
+The imports are lazy: pytest imports this file a second time under the name of the repository's folder, and an eager
+import would define every class twice.
 """
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "DualSLMConfig": "configuration_dual_slm",
     "DualSLMForConditionalGeneration": "modeling_dual_slm",
-    "LinguisticAdapter": "modeling_dual_slm",
-    "ParalinguisticAdapter": "modeling_dual_slm",
+    "DualSLMAudioFeatures": "modeling_dual_slm",
+    "LetterAdapter": "letters_dual_slm",
+    "LinguisticAdapter": "adapters_dual_slm",
+    "ParalinguisticAdapter": "adapters_dual_slm",
+    "QueryAdapter": "adapters_dual_slm",
     "DualSLMProcessor": "processing_dual_slm",
-    "DualSLMConversation": "processing_dual_slm",
+    "DualSLMConversation": "conversation_dual_slm",
+    "load_audio": "audio_dual_slm",
     "AudioTextToTextPipeline": "processing_dual_slm",
 }
-__all__ = ["__version__", "register_auto_classes", *_EXPORTS]
+__all__ = ["__version__", "register_auto_classes", *_EXPORTS]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def register_auto_classes() -> None:

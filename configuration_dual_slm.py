@@ -1,13 +1,199 @@
-"""Configuration of a dual-adapter speech language model."""
+"""Configuration of a dual-adapter speech language model: every field is declared once, beside its check."""
 
+# ruff: noqa: RUF009 (`option` returns a dataclass field)
 import unicodedata
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import AutoConfig, PreTrainedConfig
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz'"
 
 
-class DualSLMConfig(PreTrainedConfig):
+def plain_text(text: str) -> str:
+    """Text as character CTC writes it: lower case, composed accents (NFC), one kind of apostrophe, no hyphens."""
+    return unicodedata.normalize("NFC", text.lower()).replace("’", "'").replace("-", " ")
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of the configuration; its `help` becomes its line in the docstring of [`DualSLMConfig`]."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class BackboneConfig:
+    """Which frozen backbones a checkpoint belongs to, and where audio enters the prompt."""
+
+    audio_model_id: str | None = option(None, "Speech encoder: Hub id, folder, or a name of `dual-slm backbones`.")
+    audio_model_revision: str | None = option(None, "Commit of the speech encoder on the Hub.")
+    audio_model_fingerprint: str | None = option(
+        None, "Hash of the encoder's tensors. `from_pretrained` refuses an encoder with another hash."
+    )
+    text_model_id: str | None = option(None, "LLM: Hub id, folder, or a name of `dual-slm backbones`.")
+    text_model_revision: str | None = option(None, "Commit of the LLM on the Hub.")
+    text_model_fingerprint: str | None = option(None, "Hash of the LLM's tensors, as for the encoder.")
+    paralinguistic_token_id: int | None = option(
+        None, "Placeholder of the paralinguistic embeddings. Default: the first id past the vocabulary."
+    )
+    linguistic_token_id: int | None = option(
+        None, "Placeholder of the linguistic embeddings. Default: the second id past the vocabulary."
+    )
+    encoder_padding: Literal["max_length", "real"] = option(
+        "max_length",
+        "`max_length` encodes each clip padded to 30 s, as Whisper was trained. `real` encodes its real length with a "
+        "mask, which costs a 4 s clip an eighth. Features differ between the two, so this belongs to the checkpoint. "
+        "Encoders of waveforms always take the real length.",
+    )
+    lora_config: dict | None = option(
+        None,
+        "Fields of peft's `LoraConfig` for the LLM. Its tensors are saved in model.safetensors beside the adapters.",
+    )
+
+
+@dataclass(kw_only=True)
+class ParalinguisticAdapterConfig:
+    """How it is said (arXiv 2508.08095, eq. 4). The defaults are the paper's adapter."""
+
+    paralinguistic_adapter_type: Literal["pooling", "query"] = option(
+        "pooling",
+        "`pooling` is the dual-adapter paper's. `query` is EmoSLLM's QPMapper (arXiv 2508.14130): learned queries beside "
+        "the frames through transformer layers of width `paralinguistic_hidden_size` (default 768).",
+    )
+    num_paralinguistic_tokens: int = option(
+        16, "Embeddings of one utterance. The public text of the paper lost its value."
+    )
+    paralinguistic_num_layers: int = option(1, "Transformer layers over the frames; 0 leaves them out.")
+    paralinguistic_num_heads: int = option(8, "Attention heads of these layers.")
+    paralinguistic_intermediate_size: int | None = option(
+        None, "Width of their feed-forward part. Default: 4 times the width."
+    )
+    paralinguistic_dropout: float = option(0.1, "Dropout of these layers, and of the hidden layer.")
+    paralinguistic_pooling: Literal["adaptive", "statistics", "dynamics"] = option(
+        "adaptive",
+        "`adaptive` averages equal stretches of time (paper). `statistics` gives each token mean and standard deviation "
+        "over the utterance. `dynamics` adds the mean absolute step between frames, which tells fast from slow speech.",
+    )
+    paralinguistic_slot_vectors: bool = option(False, "Add a learned vector to each token.")
+    paralinguistic_layer_mix: bool = option(
+        False, "Read a learned mixture of all encoder layers, not the last alone; with statistics, one for each token."
+    )
+    paralinguistic_layer_concat: bool = option(
+        False, "With statistics and the layer mix, read the layers side by side in place of a mixture."
+    )
+    paralinguistic_hidden_size: int | None = option(
+        None, "Width of a hidden layer with GELU before the output. Default: none, one linear layer (paper)."
+    )
+    paralinguistic_soft_vocab_size: int = option(
+        0, "If positive, each output is the softmax-weighted mean of this many of the LLM's token embeddings."
+    )
+    paralinguistic_soft_residual: bool = option(
+        False, "Add a free vector to each soft token, from a linear layer that starts at zero."
+    )
+
+    @property
+    def reads_statistics(self) -> bool:
+        """Whether the adapter reads nothing but statistics of an utterance."""
+        return self.paralinguistic_pooling != "adaptive" and not self.paralinguistic_num_layers
+
+    def check_paralinguistic(self, encoder_width: int) -> None:
+        """Raises `ValueError` where the fields contradict each other."""
+        _at_least_one(self, "num_paralinguistic_tokens")
+        if self.paralinguistic_soft_residual and not self.paralinguistic_soft_vocab_size:
+            raise ValueError(
+                "paralinguistic_soft_residual needs soft tokens, but paralinguistic_soft_vocab_size is 0."
+            )
+        query = self.paralinguistic_adapter_type == "query"
+        if self.paralinguistic_layer_concat and (
+            query or not (self.reads_statistics and self.paralinguistic_layer_mix)
+        ):
+            raise ValueError(
+                "paralinguistic_layer_concat puts the statistics of all layers side by side: it needs "
+                "paralinguistic_adapter_type: pooling, paralinguistic_pooling: statistics (or dynamics), "
+                "paralinguistic_num_layers: 0 and paralinguistic_layer_mix: true."
+            )
+        if query and self.paralinguistic_soft_vocab_size:
+            raise ValueError(
+                "paralinguistic_adapter_type: query has outputs of its own, no soft tokens: leave out caption_template "
+                "and paralinguistic_soft_vocab_size, or take pooling."
+            )
+        width = (self.paralinguistic_hidden_size or 768) if query else encoder_width
+        if self.paralinguistic_num_layers and width % self.paralinguistic_num_heads:
+            raise ValueError(
+                f"the transformer's width {width} is no multiple of "
+                f"paralinguistic_num_heads={self.paralinguistic_num_heads}."
+            )
+
+
+@dataclass(kw_only=True)
+class LinguisticAdapterConfig:
+    """What is said (arXiv 2508.08095, eq. 5). The defaults are the paper's adapter."""
+
+    linguistic_adapter_type: Literal["concat", "letters", "none"] = option(
+        "concat",
+        "`concat`: k frames concatenated, two linear layers (paper). `letters`: character CTC, and a beam search over the "
+        "lexicon in the checkpoint. `none`: the words come as text.",
+    )
+    linguistic_downsample_rate: int = option(5, "k encoder frames (50 Hz) are concatenated; 5 gives 10 Hz (paper).")
+    linguistic_hidden_size: int = option(2048, "Width of the hidden layer (SLAM-ASR, which the paper follows).")
+    linguistic_dropout: float = option(0.0, "Dropout on the hidden layer.")
+    linguistic_input_norm: bool = option(False, "LayerNorm on the concatenated frames.")
+    linguistic_letters: str = option(ALPHABET, "Characters that `letters` writes in, the space first.")
+    linguistic_num_layers: int = option(4, "Convolutions over time of `letters`, each over five outputs.")
+    linguistic_lexicon_size: int = option(0, "Rows of the lexicon of `letters`; stage 0 of training fills it.")
+    linguistic_lexicon_pairs: int = option(0, "Bigrams of the lexicon.")
+    linguistic_beam_width: int = option(32, "Hypotheses that the beam search of `letters` keeps.")
+
+    def check_linguistic(self) -> None:
+        """Raises `ValueError` where the fields contradict each other."""
+        _at_least_one(self, "linguistic_downsample_rate", "linguistic_hidden_size", "linguistic_beam_width")
+        letters = self.linguistic_letters
+        once = len(set(letters)) == len(letters) < 255  # the lexicon counts letters in bytes
+        if letters[:1] != " " or not once or letters != unicodedata.normalize("NFC", letters.lower()):
+            raise ValueError(
+                f"linguistic_letters is {letters!r}; it begins with the space and has each lower-case letter once, at "
+                "most 254 in all, with composed accents (NFC)."
+            )
+        if self.linguistic_adapter_type == "letters" and self.linguistic_hidden_size % 8:
+            raise ValueError(
+                "linguistic_adapter_type: letters needs a linguistic_hidden_size that is a multiple of 8, not "
+                f"{self.linguistic_hidden_size}."
+            )
+
+
+@dataclass(kw_only=True)
+class PromptConfig:
+    """What a checkpoint was taught to say of a voice, and what it is asked."""
+
+    caption_template: str | None = option(
+        None, "Sentence that the paralinguistic tokens spell, with `{attribute}` fields, if they were taught to."
+    )
+    attribute_labels: dict | None = option(None, "Attribute -> its classes, for each field of `caption_template`.")
+    attribute_thresholds: dict | None = option(
+        None, "Borders of low | normal | high for pitch (Hz) and energy (RMS), and for tempo (seconds a word)."
+    )
+    attribute_questions: dict | None = option(
+        None,
+        'Attribute -> `{"instruction", "answer"}`: what the LLM is asked for the probability of each label, where the '
+        "adapter spells no captions.",
+    )
+    prompt_facts: list | None = option(
+        None, "Attributes that the prompts of attribute tasks tell in words (EmoSLLM's additional features)."
+    )
+
+
+def _at_least_one(config, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
+
+
+# Fields of version 0.1, and the only value with which a checkpoint of that version can still be read.
+_RETIRED = {"linguistic_ctc_vocab_size": 0, "linguistic_soft_residual": False, "lora_only_with_audio": False}
+
+
+class DualSLMConfig(
+    PromptConfig, LinguisticAdapterConfig, ParalinguisticAdapterConfig, BackboneConfig, PreTrainedConfig
+):
     r"""
     Configuration of [`DualSLMForConditionalGeneration`]: a frozen speech encoder and a frozen instruct LLM joined by a
     paralinguistic and a linguistic adapter ("Dual Information Speech Language Models for Emotional Conversations",
@@ -18,198 +204,32 @@ class DualSLMConfig(PreTrainedConfig):
             Configuration of the speech encoder: a Whisper, or one that reads waveforms (WavLM, HuBERT, wav2vec 2.0).
         text_config (`PreTrainedConfig` or `dict`):
             Configuration of the LLM (any causal LM of transformers).
-        audio_model_id, text_model_id (`str`, *optional*):
-            Where the backbones are: a Hub id, a local folder, or a name that `dual-slm backbones` lists.
-        audio_model_revision, text_model_revision (`str`, *optional*):
-            Commit of a backbone on the Hub.
-        audio_model_fingerprint, text_model_fingerprint (`str`, *optional*):
-            Hash over names, shapes and sampled values of a backbone's tensors. `from_pretrained` refuses any other
-            backbone: adapters are meaningless without the very weights they were trained on.
-        paralinguistic_token_id, linguistic_token_id (`int`, *optional*):
-            Placeholders that the embeddings of the adapters replace. They lie past the tokenizer's last token; the LLM's
-            embedding matrix is never resized. Default: the first two ids past the vocabulary.
-        encoder_padding (`str`, defaults to `"max_length"`):
-            `"max_length"` encodes every clip padded to 30 s, as Whisper was trained; `"real"` encodes its real length
-            with a mask, which costs a 4 s clip an eighth. Either way only real frames reach the adapters. Features
-            differ a little between the two, so this is a property of the checkpoint, not a switch at run time. Encoders
-            of waveforms always take the real length.
-        paralinguistic_adapter_type (`str`, defaults to `"pooling"`):
-            `"pooling"` is the dual-adapter paper's. `"query"` is EmoSLLM's QPMapper (arXiv 2508.14130): learned queries
-            beside the frames through transformer layers of width `paralinguistic_hidden_size` (768 there, 2 layers, 8
-            heads, 32 queries), then a linear layer; of the other fields it uses the layer mix and the dropout.
-        num_paralinguistic_tokens (`int`, defaults to 16):
-            Embeddings of one utterance from the paralinguistic adapter. (The public text of the paper lost its value.)
-        paralinguistic_num_layers (`int`, defaults to 1):
-            Transformer layers over the frames. 0 leaves them out.
-        paralinguistic_num_heads (`int`, defaults to 8):
-            Attention heads of these layers.
-        paralinguistic_intermediate_size (`int`, *optional*):
-            Width of their feed-forward part. Default: 4 times the encoder's width.
-        paralinguistic_dropout (`float`, defaults to 0.1):
-            Dropout of these layers, and of the hidden layer where there is one.
-        paralinguistic_pooling (`str`, defaults to `"adaptive"`):
-            `"adaptive"` averages `num_paralinguistic_tokens` equal stretches of time (paper). `"statistics"` gives every
-            token the mean and standard deviation over the whole utterance; slot vectors then tell the tokens apart.
-            `"dynamics"` adds the mean absolute step from frame to frame, which tells fast speech from slow.
-        paralinguistic_slot_vectors (`bool`, defaults to `False`):
-            Add a learned vector to each of the tokens.
-        paralinguistic_layer_mix (`bool`, defaults to `False`):
-            Read a learned mixture of all encoder layers, not the last alone; with statistics, one for each token.
-        paralinguistic_layer_concat (`bool`, defaults to `False`):
-            With statistics and the layer mix, read the layers side by side in place of a mixture: L times the inputs of the
-            hidden layer.
-        paralinguistic_hidden_size (`int`, *optional*):
-            Width of a hidden layer with GELU before the output. Default: none, one linear layer (paper).
-        paralinguistic_soft_vocab_size (`int`, defaults to 0):
-            If positive, each output is the softmax-weighted mean of that many of the LLM's own token embeddings (the
-            pieces that captions are spelled with) in place of the free vector.
-        paralinguistic_soft_residual (`bool`, defaults to `False`):
-            Add a free vector to each soft token, from a linear layer that starts at zero: nothing is lost of what the
-            warm start taught, and training through the LLM can say what no mixture of caption pieces says.
-        linguistic_adapter_type (`str`, defaults to `"concat"`):
-            `"concat"`: k frames concatenated, two linear layers (paper). `"letters"`: CTC over letters, spelled into the
-            LLM's own tokens by a beam search over a lexicon of words and pairs of words that lies in the checkpoint.
-            `"none"`: the words come as text, `linguistic: transcript`, or nothing.
-        linguistic_downsample_rate (`int`, defaults to 5):
-            Encoder frames (50 Hz) concatenated into one embedding: 5 gives 10 Hz (paper).
-        linguistic_hidden_size (`int`, defaults to 2048):
-            Width of the hidden layer (SLAM-ASR, which the paper follows).
-        linguistic_dropout (`float`, defaults to 0.0):
-            Dropout on the hidden layer.
-        linguistic_input_norm (`bool`, defaults to `False`):
-            LayerNorm on the concatenated frames.
-        linguistic_ctc_vocab_size (`int`, defaults to 0):
-            If positive, the outputs are read as CTC over that many of the LLM's own tokens: blanks are dropped, repeats
-            merged, and each remaining segment becomes the softmax-weighted mean of the LLM's token embeddings. The
-            sequence shrinks to about the length of the text. 0 feeds the outputs as they are (paper).
-        linguistic_letters (`str`, defaults to the space, a to z and the apostrophe):
-            What `"letters"` writes in, one character each, the space first.
-        linguistic_num_layers (`int`, defaults to 4):
-            Convolutions over time of `"letters"`, each over five outputs.
-        linguistic_lexicon_size (`int`, defaults to 0):
-            Rows of the lexicon of `"letters"`; stage 0 of training fills it.
-        linguistic_lexicon_pairs (`int`, defaults to 0):
-            Pairs of words that the lexicon knows to follow each other.
-        linguistic_beam_width (`int`, defaults to 32):
-            Texts that the search of `"letters"` keeps.
-        linguistic_soft_residual (`bool`, defaults to `False`):
-            As `paralinguistic_soft_residual`, from the mean output of each segment.
-        caption_template (`str`, *optional*):
-            The sentence that the paralinguistic tokens spell, with `{attribute}` fields, where the adapter was taught to.
-        attribute_labels (`dict[str, list[str]]`, *optional*):
-            The classes of each attribute in `caption_template`.
-        attribute_thresholds (`dict[str, tuple[float, float]]`, *optional*):
-            Borders of low | normal | high that pitch (Hz), energy (RMS) and tempo (s a word) were labelled by.
-        attribute_questions (`dict[str, dict[str, str]]`, *optional*):
-            For an adapter that spells no captions: `{attribute: {"instruction": ..., "answer": "... {label} ..."}}`, what the
-            LLM is asked to get the probability of each of `attribute_labels`.
-        prompt_facts (`list[str]`, defaults to none):
-            Attributes that the prompts of attribute tasks tell in words, as in training (EmoSLLM's additional features).
-        lora_config (`dict`, *optional*):
-            Fields of peft's `LoraConfig` for the LLM. Its tensors lie in model.safetensors beside the adapters; the LLM's own
-            weights stay frozen.
-        lora_only_with_audio (`bool`, defaults to `False`):
-            Switch LoRA off for inputs without audio: they get the bare LLM.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the adapters' random initialisation.
     """
 
     model_type = "dual_slm"
-    sub_configs = {"audio_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012 (transformers' own form)
+    sub_configs = {"audio_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012  # pyright: ignore
 
-    def __init__(
-        self,
-        audio_config=None,
-        text_config=None,
-        audio_model_id: str | None = None,
-        audio_model_revision: str | None = None,
-        audio_model_fingerprint: str | None = None,
-        text_model_id: str | None = None,
-        text_model_revision: str | None = None,
-        text_model_fingerprint: str | None = None,
-        paralinguistic_token_id: int | None = None,
-        linguistic_token_id: int | None = None,
-        encoder_padding: str = "max_length",
-        paralinguistic_adapter_type: str = "pooling",
-        num_paralinguistic_tokens: int = 16,
-        paralinguistic_num_layers: int = 1,
-        paralinguistic_num_heads: int = 8,
-        paralinguistic_intermediate_size: int | None = None,
-        paralinguistic_dropout: float = 0.1,
-        paralinguistic_pooling: str = "adaptive",
-        paralinguistic_slot_vectors: bool = False,
-        paralinguistic_layer_mix: bool = False,
-        paralinguistic_layer_concat: bool = False,
-        paralinguistic_hidden_size: int | None = None,
-        paralinguistic_soft_vocab_size: int = 0,
-        paralinguistic_soft_residual: bool = False,
-        linguistic_adapter_type: str = "concat",
-        linguistic_downsample_rate: int = 5,
-        linguistic_hidden_size: int = 2048,
-        linguistic_dropout: float = 0.0,
-        linguistic_input_norm: bool = False,
-        linguistic_ctc_vocab_size: int = 0,
-        linguistic_letters: str = ALPHABET,
-        linguistic_num_layers: int = 4,
-        linguistic_lexicon_size: int = 0,
-        linguistic_lexicon_pairs: int = 0,
-        linguistic_beam_width: int = 32,
-        linguistic_soft_residual: bool = False,
-        caption_template: str | None = None,
-        attribute_labels: dict[str, list[str]] | None = None,
-        attribute_thresholds: dict[str, list[float]] | None = None,
-        attribute_questions: dict[str, dict[str, str]] | None = None,
-        prompt_facts: list[str] | None = None,
-        lora_config: dict | None = None,
-        lora_only_with_audio: bool = False,
-        initializer_range: float = 0.02,
-        **kwargs,
-    ):
-        self.audio_config = _as_config(audio_config, default="whisper")
-        self.text_config = _as_config(text_config, default="llama")
-        self.audio_model_id = audio_model_id
-        self.audio_model_revision = audio_model_revision
-        self.audio_model_fingerprint = audio_model_fingerprint
-        self.text_model_id = text_model_id
-        self.text_model_revision = text_model_revision
-        self.text_model_fingerprint = text_model_fingerprint
+    audio_config: Any = None
+    text_config: Any = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        for name, value in _RETIRED.items():
+            if kwargs.pop(name, value) != value:
+                raise ValueError(
+                    f"{name} is a field of version 0.1 that this version cannot run. Load the checkpoint with "
+                    "dual-slm 0.1.0, or train its adapters again."
+                )
+        self.audio_config = _as_config(self.audio_config, default="whisper")
+        self.text_config = _as_config(self.text_config, default="llama")
         vocab_size = self.text_config.vocab_size
-        self.paralinguistic_token_id = vocab_size if paralinguistic_token_id is None else paralinguistic_token_id
-        self.linguistic_token_id = vocab_size + 1 if linguistic_token_id is None else linguistic_token_id
-        self.encoder_padding = encoder_padding
-        self.paralinguistic_adapter_type = paralinguistic_adapter_type
-        self.num_paralinguistic_tokens = num_paralinguistic_tokens
-        self.paralinguistic_num_layers = paralinguistic_num_layers
-        self.paralinguistic_num_heads = paralinguistic_num_heads
-        self.paralinguistic_intermediate_size = paralinguistic_intermediate_size
-        self.paralinguistic_dropout = paralinguistic_dropout
-        self.paralinguistic_pooling = paralinguistic_pooling
-        self.paralinguistic_slot_vectors = paralinguistic_slot_vectors
-        self.paralinguistic_layer_mix = paralinguistic_layer_mix
-        self.paralinguistic_layer_concat = paralinguistic_layer_concat
-        self.paralinguistic_hidden_size = paralinguistic_hidden_size
-        self.paralinguistic_soft_vocab_size = paralinguistic_soft_vocab_size
-        self.paralinguistic_soft_residual = paralinguistic_soft_residual
-        self.linguistic_adapter_type = linguistic_adapter_type
-        self.linguistic_downsample_rate = linguistic_downsample_rate
-        self.linguistic_hidden_size = linguistic_hidden_size
-        self.linguistic_dropout = linguistic_dropout
-        self.linguistic_input_norm = linguistic_input_norm
-        self.linguistic_ctc_vocab_size = linguistic_ctc_vocab_size
-        self.linguistic_letters = linguistic_letters
-        self.linguistic_num_layers = linguistic_num_layers
-        self.linguistic_lexicon_size = linguistic_lexicon_size
-        self.linguistic_lexicon_pairs = linguistic_lexicon_pairs
-        self.linguistic_beam_width = linguistic_beam_width
-        self.linguistic_soft_residual = linguistic_soft_residual
-        self.caption_template = caption_template
-        self.attribute_labels = attribute_labels
-        self.attribute_thresholds = attribute_thresholds
-        self.attribute_questions = attribute_questions
-        self.prompt_facts = list(prompt_facts or [])
-        self.lora_config = lora_config
-        self.lora_only_with_audio = lora_only_with_audio
-        self.initializer_range = initializer_range
+        if self.paralinguistic_token_id is None:
+            self.paralinguistic_token_id = vocab_size
+        if self.linguistic_token_id is None:
+            self.linguistic_token_id = vocab_size + 1
+        self.prompt_facts = list(self.prompt_facts or [])
         # Generation and the Trainer look for these on the outer config.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
@@ -219,62 +239,12 @@ class DualSLMConfig(PreTrainedConfig):
         # pipeline(model=...) finds its task here; transformers has none of this name.
         pipeline = {"impl": "processing_dual_slm.AudioTextToTextPipeline", "pt": ["AutoModelForMultimodalLM"]}
         kwargs.setdefault("custom_pipelines", {"audio-text-to-text": pipeline | {"tf": [], "type": "multimodal"}})
-        super().__init__(**kwargs)
-        self._validate()
-
-    def _validate(self) -> None:
-        for name, choices in {
-            "encoder_padding": ("max_length", "real"),
-            "paralinguistic_adapter_type": ("pooling", "query"),
-            "linguistic_adapter_type": ("concat", "letters", "none"),
-            "paralinguistic_pooling": ("adaptive", "statistics", "dynamics"),
-        }.items():
+        super().__post_init__(**kwargs)
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
-        positive = ("num_paralinguistic_tokens", "linguistic_downsample_rate", "linguistic_hidden_size")
-        for name in (*positive, "linguistic_beam_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name, vocabulary in (("paralinguistic", "soft"), ("linguistic", "ctc")):
-            if getattr(self, f"{name}_soft_residual") and not getattr(self, f"{name}_{vocabulary}_vocab_size"):
-                raise ValueError(
-                    f"{name}_soft_residual stands beside soft tokens, and {name}_{vocabulary}_vocab_size is 0."
-                )
-        letters = self.linguistic_letters
-        once = len(set(letters)) == len(letters) < 255  # counted in bytes
-        if letters[:1] != " " or not once or letters != unicodedata.normalize("NFC", letters.lower()):
-            raise ValueError(
-                f"linguistic_letters is {letters!r}; it begins with the space, and has each lower-case letter once, at most "
-                "254 in all, accents in one piece with their letters (NFC)."
-            )
-        if self.linguistic_adapter_type == "letters" and (
-            self.linguistic_ctc_vocab_size or self.linguistic_soft_residual or self.linguistic_hidden_size % 8
-        ):
-            raise ValueError(
-                "linguistic_adapter_type: letters has no linguistic_ctc_vocab_size and no linguistic_soft_residual, and a "
-                f"linguistic_hidden_size that is a multiple of 8, not {self.linguistic_hidden_size}."
-            )
-        if self.paralinguistic_layer_concat and not (
-            self.reads_statistics and self.paralinguistic_layer_mix and self.paralinguistic_adapter_type == "pooling"
-        ):
-            raise ValueError(
-                "paralinguistic_layer_concat puts the statistics of all layers side by side: it needs "
-                "paralinguistic_adapter_type: pooling, paralinguistic_pooling: statistics (or dynamics), "
-                "paralinguistic_num_layers: 0 and paralinguistic_layer_mix: true."
-            )
-        if self.paralinguistic_adapter_type == "query" and self.paralinguistic_soft_vocab_size:
-            raise ValueError(
-                "paralinguistic_adapter_type: query has outputs of its own, no soft tokens: leave out caption_template and "
-                "paralinguistic_soft_vocab_size, or take pooling."
-            )
-        width = self.audio_hidden_size
-        if self.paralinguistic_adapter_type == "query":
-            width = self.paralinguistic_hidden_size or 768
-        if self.paralinguistic_num_layers and width % self.paralinguistic_num_heads:
-            raise ValueError(
-                f"the transformer's width {width} is no multiple of paralinguistic_num_heads="
-                f"{self.paralinguistic_num_heads}."
-            )
+        self.check_paralinguistic(self.audio_hidden_size)
+        self.check_linguistic()
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
@@ -293,55 +263,44 @@ class DualSLMConfig(PreTrainedConfig):
         """Transformer layers of the speech encoder."""
         return self.audio_config.num_hidden_layers
 
-    @property
-    def reads_statistics(self) -> bool:
-        """Whether the paralinguistic adapter reads nothing but statistics of an utterance."""
-        return self.paralinguistic_pooling != "adaptive" and not self.paralinguistic_num_layers
-
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         return self.text_config
 
     @classmethod
     def slm_qwen(cls, **overrides) -> "DualSLMConfig":
         """SLM-Qwen of the paper (section IV-C): Whisper-large-v3 and Qwen2.5-7B-Instruct, the paper's adapters."""
-        text = {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944}
-        text |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
-        text |= {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-        text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-        text |= {"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643}
-        values = {"text_config": text, "text_model_id": "Qwen/Qwen2.5-7B-Instruct"}
-        values |= {
-            "paralinguistic_token_id": 151665,
-            "linguistic_token_id": 151666,
-        }  # its tokenizer ends before its matrix
-        return cls(**(_WHISPER_LARGE_V3 | values | overrides))
+        # The tokenizer ends before the embedding matrix, so its first free ids are not past the vocabulary.
+        placeholders: dict[str, Any] = {"paralinguistic_token_id": 151665, "linguistic_token_id": 151666}
+        return cls(**(_WHISPER_LARGE_V3 | _QWEN_7B | placeholders | overrides))
 
     @classmethod
     def slm_llama(cls, **overrides) -> "DualSLMConfig":
         """SLM-Llama of the paper (section IV-C): Whisper-large-v3 and Llama-3.1-8B-Instruct, the paper's adapters."""
-        text = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
-        text |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
-        text |= {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
-        rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
-        text |= {"rope_parameters": rope | {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}
-        text |= {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "pad_token_id": 128004}
-        values = {"text_config": text, "text_model_id": "meta-llama/Llama-3.1-8B-Instruct"}
-        return cls(**(_WHISPER_LARGE_V3 | values | overrides))
+        return cls(**(_WHISPER_LARGE_V3 | _LLAMA_8B | overrides))
 
     @classmethod
     def slm_smollm2(cls, **overrides) -> "DualSLMConfig":
         """The small one for a CPU: Whisper base and SmolLM2-135M-Instruct, adapters made for the warm start."""
-        audio = {"model_type": "whisper", "vocab_size": 51865, "d_model": 512, "num_mel_bins": 80}
-        audio |= {"encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048}
-        audio |= {"encoder_attention_heads": 8, "decoder_attention_heads": 8}
-        text = {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536}
-        text |= {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
-        text |= {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
-        text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
-        text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-        values = {"audio_config": audio, "audio_model_id": "whisper-base"}
-        values |= {"text_config": text, "text_model_id": "smollm2-135m-instruct"}
-        return cls(**(values | WARM_START_ADAPTERS | LETTER_ADAPTER | overrides))
+        return cls(**(_WHISPER_BASE | _SMOLLM2_135M | WARM_START_ADAPTERS | overrides))
+
+
+PARTS = (BackboneConfig, ParalinguisticAdapterConfig, LinguisticAdapterConfig, PromptConfig)
+FIELDS = {f.name: f for part in PARTS for f in fields(part)}
+CHOICES = {
+    name: get_args(hint)
+    for part in PARTS
+    for name, hint in get_type_hints(part).items()
+    if get_origin(hint) is Literal
+}
+
+
+def _describe(name: str) -> str:
+    declared = FIELDS[name]
+    kind = declared.type if isinstance(declared.type, str) else getattr(declared.type, "__name__", str(declared.type))
+    return f"        {name} (`{kind}`, defaults to `{declared.default!r}`):\n            {declared.metadata['help']}\n"
+
+
+DualSLMConfig.__doc__ = f"{(DualSLMConfig.__doc__ or '').rstrip()}\n{''.join(map(_describe, FIELDS))}    "
 
 
 # EmoSLLM (arXiv 2508.14130): QPMapper, the transcript as text, LoRA on the LLM.
@@ -356,7 +315,7 @@ EMOSLLM_ADAPTERS = {
     "lora_config": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
 }
 
-# The adapters that learn without the LLM (DESIGN, Embedding-space warm start): outputs in the LLM's own token embeddings.
+# Adapters that learn without the LLM: captions in its own token embeddings, words by character CTC.
 WARM_START_ADAPTERS = {
     "encoder_padding": "real",
     "num_paralinguistic_tokens": 16,
@@ -367,34 +326,51 @@ WARM_START_ADAPTERS = {
     "paralinguistic_layer_mix": True,
     "paralinguistic_hidden_size": 512,
     "paralinguistic_soft_vocab_size": 23,
+    "linguistic_adapter_type": "letters",
     "linguistic_downsample_rate": 2,
-    "linguistic_hidden_size": 2048,
+    "linguistic_hidden_size": 1024,
     "linguistic_dropout": 0.25,
     "linguistic_input_norm": True,
-    "linguistic_ctc_vocab_size": 9085,
 }
 
-# In the place of their linguistic part: letters in place of the LLM's tokens, which few hours of speech say all of.
-LETTER_ADAPTER = {
-    "linguistic_adapter_type": "letters",
-    "linguistic_hidden_size": 1024,
-    "linguistic_ctc_vocab_size": 0,
-}
 
-_WHISPER_LARGE_V3 = {
-    "audio_config": {
-        "model_type": "whisper",
-        "vocab_size": 51866,
-        "d_model": 1280,
-        "num_mel_bins": 128,
-        "encoder_layers": 32,
-        "decoder_layers": 32,
-        "encoder_attention_heads": 20,
-        "decoder_attention_heads": 20,
-        "encoder_ffn_dim": 5120,
-        "decoder_ffn_dim": 5120,
-    },
-    "audio_model_id": "openai/whisper-large-v3",
+def _whisper(width: int, layers: int, heads: int, vocab_size: int, num_mel_bins: int) -> dict:
+    sizes = {"encoder_layers": layers, "encoder_attention_heads": heads, "encoder_ffn_dim": 4 * width}
+    sizes |= {name.replace("encoder", "decoder"): value for name, value in sizes.items()}
+    return {"model_type": "whisper", "vocab_size": vocab_size, "d_model": width, "num_mel_bins": num_mel_bins} | sizes
+
+
+def _llm(
+    model_type: str, vocab_size: int, width: int, inner: int, layers: int, heads: tuple[int, int], **more: Any
+) -> dict:
+    """`heads`: of queries, and of keys and values."""
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    return {"model_type": model_type, "vocab_size": vocab_size, "tie_word_embeddings": False} | sizes | more
+
+
+_WHISPER_BASE = {"audio_config": _whisper(512, 6, 8, 51865, 80), "audio_model_id": "whisper-base"}
+_WHISPER_LARGE_V3 = {"audio_config": _whisper(1280, 32, 20, 51866, 128), "audio_model_id": "openai/whisper-large-v3"}
+_QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6}
+_QWEN_TOKENS = {"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643, "rms_norm_eps": 1e-6}
+_QWEN_7B = {
+    "text_model_id": "Qwen/Qwen2.5-7B-Instruct",
+    "text_config": _llm("qwen2", 152064, 3584, 18944, 28, (28, 4), max_position_embeddings=32768, **_QWEN_TOKENS)
+    | {"rope_parameters": _QWEN_ROPE},
+}
+_LLAMA_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+_LLAMA_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA_TOKENS = {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "pad_token_id": 128004}
+_LLAMA_8B = {
+    "text_model_id": "meta-llama/Llama-3.1-8B-Instruct",
+    "text_config": _llm("llama", 128256, 4096, 14336, 32, (32, 8), max_position_embeddings=131072, **_LLAMA_TOKENS)
+    | {"rms_norm_eps": 1e-5, "rope_parameters": _LLAMA_ROPE},
+}
+_SMOLLM2_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": True}
+_SMOLLM2_135M = {
+    "text_model_id": "smollm2-135m-instruct",
+    "text_config": _llm("llama", 49152, 576, 1536, 30, (9, 3), max_position_embeddings=8192, **_SMOLLM2_TOKENS)
+    | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
 }
 
 
@@ -402,8 +378,7 @@ def _as_config(config, default: str) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         return config
     config = dict(config or {})
-    model_type = config.pop("model_type", default)
-    return AutoConfig.for_model(model_type, **config)
+    return AutoConfig.for_model(config.pop("model_type", default), **config)
 
 
 DualSLMConfig.register_for_auto_class()
