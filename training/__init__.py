@@ -1,1 +1,1 @@
-"""Everything that does not travel to the Hub: backbones, corpora, training, evaluation and the command line."""
+"""What stays on this machine: backbones, corpora, training, evaluation and the command line."""

@@ -1,125 +1,126 @@
-"""`dual-slm benchmark`: what a spoken turn costs beside the bare LLM, and what the data paths cost."""
+"""Measures a spoken reply beside the LLM's reply to the same text, and a training step beside its lower bound."""
 
-import json
+import itertools
 import random
-import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 
-from ..processing_dual_slm import load_audio
-from .backbones import DEMO_CLIP, DEMO_TRANSCRIPT
+from ..audio_dual_slm import load_audio
+from ..modeling_dual_slm import DualSLMForConditionalGeneration
+from ..processing_dual_slm import DualSLMProcessor
+from .collator import DualSLMCollator, TrainingCollator
+from .corpora.row import Row, make_row
+from .dataset import BUCKET_SPAN, BucketSampler, StageDataset
+from .features import FeatureStore
+from .files import DEMO_CLIP, DEMO_TRANSCRIPT
+from .forward import adapt_cached, forward_targets
+from .hardware import fitted_attention, matrix_rate, positions_floor
+from .recipe import StageRecipe
 
 PARTS = ("features", "encoder", "adapters", "prefill")
-TURNS = 10  # of a conversation
+TURNS = 10  # in a conversation
 
 
 def _clip(seconds: float, rate: int) -> np.ndarray:
-    """The demo clip, cut or repeated to so many seconds."""
-    samples = load_audio(DEMO_CLIP, target_rate=rate)
-    return np.resize(samples, int(seconds * rate))
+    """The demo clip, cut or repeated to this length."""
+    return np.resize(load_audio(DEMO_CLIP, target_rate=rate), int(seconds * rate))
 
 
 def _now() -> float:
-    """Seconds, when all that was asked of a GPU is done."""
+    """Time in seconds, after the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
+def _prompt(processor, content):
+    chat = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)
+
+
+@contextmanager
+def _padded_clips(model, processor) -> Iterator[None]:
+    """Within it, clips are padded to 30 s, the length that Whisper was trained on."""
+    padding = model.config.encoder_padding
+    model.config.encoder_padding = processor.encoder_padding = "max_length"
+    try:
+        yield
+    finally:
+        model.config.encoder_padding = processor.encoder_padding = padding
+
+
 @torch.inference_mode()
 def _spoken(model, processor, samples: np.ndarray, new_tokens: int) -> dict[str, float]:
-    times, start = {}, _now()
-
-    def lap(name: str) -> None:
-        nonlocal start
-        now = _now()
-        times[name], start = now - start, now
-
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "audio", "audio": samples}]}],
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=True,
-    )
-    lap("features")
-    states, lengths = model.encode_audio(
-        inputs["input_features"], inputs["input_features_mask"], inputs["audio_num_chunks"]
-    )
-    lap("encoder")
+    laps = [_now()]
+    inputs = _prompt(processor, [{"type": "audio", "audio": samples}])
+    laps.append(_now())
+    features = [inputs[name] for name in ("input_features", "input_features_mask", "audio_num_chunks")]
+    states, lengths = model.encode_audio(*features)
+    laps.append(_now())
     audio = model.adapt_audio(states, lengths, inputs["audio_branches"])
-    lap("adapters")
-    device = model.get_input_embeddings().weight.device
-    prompt = {"input_ids": inputs["input_ids"].to(device), "audio_features": audio}
-    model.generate(**prompt, max_new_tokens=1, do_sample=False)
-    lap("prefill")
-    model.generate(**prompt, max_new_tokens=1 + new_tokens, min_new_tokens=1 + new_tokens, do_sample=False)
-    lap("generation")
-    return times
+    laps.append(_now())
+    prompt = {"input_ids": inputs["input_ids"].to(model.get_input_embeddings().weight.device), "audio_features": audio}
+    for tokens in (1, 1 + new_tokens):
+        model.generate(**prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        laps.append(_now())
+    times = dict(zip((*PARTS, "generation"), np.diff(laps).tolist(), strict=True))
+    with _padded_clips(model, processor):
+        padded = processor.extract_features([samples])
+        start = _now()
+        model.encode_audio(**padded)
+        return times | {"padded_encoder": _now() - start}
 
 
 @torch.inference_mode()
 def _typed(model, processor, text: str, new_tokens: int) -> dict[str, float]:
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=True, return_dict=True, add_generation_prompt=True
-    ).to(model.get_input_embeddings().weight.device)
-    llm, times = model.language_model, {}
-    for name, tokens in (("prefill", 1), ("generation", 1 + new_tokens)):
-        start = _now()
-        llm.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-        times[name] = _now() - start
-    return times
-
-
-@torch.inference_mode()
-def _padded_encoder(model, processor, samples: np.ndarray) -> float:
-    """Seconds of the encoder on the same clip padded to 30 s, as Whisper was trained."""
-    kept = model.config.encoder_padding, processor.encoder_padding
-    model.config.encoder_padding = processor.encoder_padding = "max_length"
-    try:
-        features = processor.extract_features([samples])
-        start = _now()
-        model.encode_audio(**features)
-        return _now() - start
-    finally:
-        model.config.encoder_padding, processor.encoder_padding = kept
+    inputs = _prompt(processor, text).to(model.get_input_embeddings().weight.device)
+    laps = [_now()]
+    for tokens in (1, 1 + new_tokens):
+        model.language_model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        laps.append(_now())
+    return {"prefill": laps[1] - laps[0], "generation": laps[2] - laps[1]}
 
 
 def _turns(model, processor, samples: np.ndarray, count: int, new_tokens: int) -> list[float]:
     """Seconds to the first token of each of `count` spoken turns of one conversation."""
-    conversation, times = processor.conversation(model), []
+    conversation, times, tokens = processor.conversation(model), [], []
+
+    def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        tokens.append(_now())
+        return scores
+
+    options = {"logits_processor": [watch], "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     for _ in range(count):
-        start, first = _now(), []
-
-        def watch(ids: torch.Tensor, scores: torch.Tensor, first: list[float] = first) -> torch.Tensor:
-            if not first:
-                first.append(_now())
-            return scores
-
-        length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-        conversation.say(audio=samples, logits_processor=[watch], **length)
-        times.append(first[0] - start)
+        tokens.clear()
+        start = _now()
+        conversation.say(audio=samples, **options)
+        times.append(tokens[0] - start)
     return times
 
 
 def benchmark_reply(model, processor, seconds: float = 4.0, repeats: int = 7, new_tokens: int = 32) -> dict:
-    """Medians over `repeats`, the spoken and the typed turn in turn, after one warm-up of both; then conversations of
-    `TURNS` spoken turns."""
+    """Times spoken and typed turns alternately, after one warm-up of both, then conversations of `TURNS` spoken turns.
+
+    Returns:
+        Medians over `repeats`.
+    """
     samples = _clip(seconds, processor.sampling_rate)
     words = DEMO_TRANSCRIPT.read_text().strip()
     spoken, typed = [], []
-    for round_ in range(repeats + 1):
-        ours = _spoken(model, processor, samples, new_tokens)
-        ours["padded_encoder"] = _padded_encoder(model, processor, samples)
-        bare = _typed(model, processor, words, new_tokens)
-        if round_:
-            spoken.append(ours)
-            typed.append(bare)
-
+    for _ in range(repeats + 1):
+        spoken.append(_spoken(model, processor, samples, new_tokens))
+        typed.append(_typed(model, processor, words, new_tokens))
+    del spoken[0], typed[0]
     talks = [_turns(model, processor, samples, TURNS, new_tokens) for _ in range(max(1, repeats // 2))]
 
     def median(rows: list[dict], value) -> float:
@@ -128,125 +129,123 @@ def benchmark_reply(model, processor, seconds: float = 4.0, repeats: int = 7, ne
     def first(row: dict) -> float:
         return sum(row.get(part, 0.0) for part in PARTS)
 
-    def rate(row: dict) -> float:
-        return new_tokens / max(row["generation"] - row["prefill"], 1e-9)
+    def speed(rows: list[dict]) -> dict[str, float]:
+        rate = median(rows, lambda row: new_tokens / max(row["generation"] - row["prefill"], 1e-9))
+        return {"seconds_to_first_token": median(rows, first), "tokens_per_second": rate}
 
-    ratios = [first(a) / first(b) for a, b in zip(spoken, typed, strict=True)]
+    parts = {part: median(spoken, itemgetter(part)) for part in PARTS}
     return {
         "clip_seconds": seconds,
         "threads": torch.get_num_threads(),
         "device": str(model.get_input_embeddings().weight.device),
-        "spoken": {
-            "seconds_to_first_token": median(spoken, first),
-            "tokens_per_second": median(spoken, rate),
-            "padded_encoder": median(spoken, lambda row: row["padded_encoder"]),
-            "parts": {part: median(spoken, lambda row, part=part: row[part]) for part in PARTS},
-        },
-        "text": {"seconds_to_first_token": median(typed, first), "tokens_per_second": median(typed, rate)},
-        "first_token_ratio": statistics.median(ratios),
+        "spoken": speed(spoken) | {"padded_encoder": median(spoken, itemgetter("padded_encoder")), "parts": parts},
+        "text": speed(typed),
+        "first_token_ratio": statistics.median(first(a) / first(b) for a, b in zip(spoken, typed, strict=True)),
         "turns": [statistics.median(turn) for turn in zip(*talks, strict=True)],
         "last_turn_ratio": statistics.median(talk[-1] / talk[0] for talk in talks),
     }
 
 
 def show(result: dict) -> str:
-    spoken, text = result["spoken"], result["text"]
-    lines = [
-        f"{result['clip_seconds']:g} s of speech, {result['threads']} threads, {result['device']}",
-        f"{'':22}{'speech':>10}{'as text':>10}",
-        f"{'s to first token':22}{spoken['seconds_to_first_token']:10.3f}{text['seconds_to_first_token']:10.3f}"
-        f"   ratio {result['first_token_ratio']:.2f}",
-        f"{'tokens per second':22}{spoken['tokens_per_second']:10.1f}{text['tokens_per_second']:10.1f}",
-        "to the first token:",
-    ]
-    total = sum(spoken["parts"].values())
-    lines += [f"  {part:20}{value:10.3f}{value / total:10.0%}" for part, value in spoken["parts"].items()]
-    padded, encoder = spoken["padded_encoder"], spoken["parts"]["encoder"]
-    lines.append(f"encoder on the clip padded to 30 s: {padded:.3f} s, {padded / encoder:.1f} times the real length")
-    turns = result["turns"]
-    lines.append(
-        f"a conversation, s to the first token: turn 1 {turns[0]:.3f}, turn {len(turns)} {turns[-1]:.3f}, ratio "
-        f"{result['last_turn_ratio']:.2f}"
+    """The result of `benchmark_reply` for people."""
+    spoken, text, turns, name = result["spoken"], result["text"], result["turns"], "seconds_to_first_token"
+    parts, padded, total = spoken["parts"], spoken["padded_encoder"], sum(spoken["parts"].values())
+    return "\n".join(
+        [
+            f"{result['clip_seconds']:g} s of speech, {result['threads']} threads, {result['device']}",
+            f"{'':22}{'speech':>10}{'as text':>10}",
+            f"{'s to first token':22}{spoken[name]:10.3f}{text[name]:10.3f}   ratio {result['first_token_ratio']:.2f}",
+            f"{'tokens per second':22}{spoken['tokens_per_second']:10.1f}{text['tokens_per_second']:10.1f}",
+            "to the first token:",
+            *(f"  {part:20}{value:10.3f}{value / total:10.0%}" for part, value in parts.items()),
+            f"encoder on the clip padded to 30 s: {padded:.3f} s, {padded / parts['encoder']:.1f} times the real length",
+            f"a conversation, s to the first token: turn 1 {turns[0]:.3f}, turn {len(turns)} {turns[-1]:.3f}, "
+            f"ratio {result['last_turn_ratio']:.2f}",
+        ]
     )
-    return "\n".join(lines)
 
 
-def benchmark_corpus(rows: int = 20_000, batch_size: int = 16) -> dict[str, float]:
-    """A folder's metadata -> table -> tasks -> padded batches of text: seconds, and how the memory grows on the way.
+class _TrainingSteps:
+    """Training steps of one model, timed: as training does them, and unoptimised."""
 
-    The rows are made up, without audio, with dialogues of 0 to 6 turns before the spoken one.
-    """
-    from transformers import AutoProcessor
+    PHASES = ("collate", "adapters", "LLM forward and loss", "backward", "optimiser")
 
-    from .. import register_auto_classes
-    from .cli import default_checkpoint
-    from .collator import DualSLMCollator
-    from .corpora.folder import read
-    from .corpora.schema import Report, check_rows, read_table, write_table
-    from .corpora.synthesis import read_texts
-    from .tasks import label_sets, make_sample, tasks_of
+    def __init__(
+        self, model: DualSLMForConditionalGeneration, processor: DualSLMProcessor, store: FeatureStore, rows: list[Row]
+    ):
+        self.model, self.processor = model, processor
+        stage = StageRecipe(name="benchmark", err_stage="disentangle", tasks={"asr": 1, "emotion": 1})
+        self.dataset = StageDataset(rows, stage, 0)
+        self.joint = StageDataset(rows, replace(stage, err_stage="joint"), 0)  # every branch from speech
+        self.collator, self.plain = TrainingCollator(processor, store), DualSLMCollator(processor)
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        half = next(model.language_model.parameters()).dtype == torch.bfloat16
+        self.autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=half)
 
-    register_auto_classes()
-    draw, sentences = random.Random(0), read_texts(None)
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        with open(root / "metadata.jsonl", "w", encoding="utf-8") as file:
-            for number in range(rows):
-                roles = ("user", "assistant") * 3
-                history = [{"role": r, "content": draw.choice(sentences)} for r in roles[: 2 * draw.randint(0, 3)]]
-                row = {"id": str(number), "text": draw.choice(sentences), "response": draw.choice(sentences)}
-                row |= {"emotion": draw.choice(["happy", "sad", "angry"]), "tempo": draw.choice(["slow", "fast"])}
-                file.write(json.dumps(row | {"history": history}) + "\n")
-        collator = DualSLMCollator(AutoProcessor.from_pretrained(default_checkpoint()))
-        started = time.perf_counter()
-        report = Report()
-        write_table(check_rows(read(root, report), report), root / "t.parquet")
-        read_seconds = time.perf_counter() - started
-        table = read_table(root / "t.parquet")
-        choices, tokens, memory, batch = label_sets(table), 0, [], []
-        for row in table:
-            tasks = tasks_of(row)
-            batch.append(make_sample(row, tasks[int(row["id"]) % len(tasks)], choices))
-            if len(batch) == batch_size:
-                tokens += collator(batch)["input_ids"].numel()
-                batch = []
-                memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-        seconds = time.perf_counter() - started
-    return {
-        "rows": rows,
-        "seconds": seconds,
-        "of them for read and table": read_seconds,
-        "tokens, padding included": tokens,
-        "peak MiB after a tenth of the batches": memory[len(memory) // 10],
-        "peak MiB after all": memory[-1],
-    }
+    def fast(self, keys: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """One step.
 
+        Returns:
+            Seconds of each phase; real positions, targets, and positions without a backward pass.
+        """
+        laps = [_now()]
+        batch = self.collator([self.dataset[key] for key in keys])
+        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items() if name != "task_ids"}
+        laps.append(_now())
+        with self.autocast:
+            states, lengths, branches = (batch.pop(f"audio_{name}") for name in ("states", "lengths", "branches"))
+            pooled, trained = batch.pop("audio_pooled", None), batch.pop("audio_trained")
+            audio = adapt_cached(self.model, states, lengths, branches, pooled, trained)
+            laps.append(_now())
+            with fitted_attention(self.model.language_model):
+                output = forward_targets(self.model, **batch, audio_features=audio)
+            assert output.logits is not None and output.labels is not None
+            known = output.labels != -100
+            loss = torch.nn.functional.cross_entropy(output.logits.float(), output.labels[known])
+        laps.append(_now())
+        loss.backward()
+        laps.append(_now())
+        self._update()
+        laps.append(_now())
+        return np.diff(laps), np.array([output.num_positions, int(known.sum()), output.num_constant_positions])
 
-def benchmark_align(rows: int = 48) -> dict[str, float]:
-    """Tokens a second of `align` in batches of similar length, beside plain `generate` one by one, in one run."""
-    from .alignment import Aligner, AlignmentConfig
-    from .corpora.schema import make_row
-    from .corpora.synthesis import read_texts
+    def slow(self, keys: list[tuple[int, int]]) -> float:
+        """Seconds of one unoptimised step.
 
-    aligner = Aligner("smollm2-135m-instruct", AlignmentConfig(max_new_tokens=48))
-    texts = [
-        make_row(id=str(n), corpus="x", split="train", transcript=t) for n, t in enumerate(read_texts(None)[:rows])
-    ]
-    prompts = sorted((aligner.prompt(row)[1] for row in texts), key=len)
-    figures = {}
-    for name, size in (("one by one", 1), ("batches of 16", 16), ("batches of 32", 32)):
-        aligner.tokens, aligner.seconds = 0, 0.0
-        for start in range(0, rows if size > 1 else rows // 4, size):
-            aligner.generate(prompts[start : start + size])
-        figures[f"tokens/s, {name}"] = aligner.tokens / aligner.seconds
-    figures["ratio of 16 to one by one"] = figures["tokens/s, batches of 16"] / figures["tokens/s, one by one"]
-    return figures
+        Clips are padded to 30 s and encoded in the step; attention is fused; logits are computed at all positions.
+        """
+        self.model.language_model.set_attn_implementation("sdpa")
+        with _padded_clips(self.model, self.processor):
+            start = _now()
+            samples = [self.joint[key].sample for key in keys]
+            batch = {name: tensor.to(self.model.device) for name, tensor in self.plain(samples).items()}
+            with self.autocast:
+                loss = self.model(**batch).loss
+            loss.backward()
+            self._update()
+            return _now() - start
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
-def _bare_step(model, rows: int, length: int, repeats: int = 4) -> float:
-    """Seconds of the LLM's own pass forward and back to its input, one target a row, without adapters or padding."""
-    from .trainer import fitted_attention
+def _training_rows(folder: Path, count: int, rate: int) -> list[Row]:
+    """Rows of the demo clip, repeated to 2 to 14 s, after up to six turns."""
+    draw, rows, text = random.Random(0), [], DEMO_TRANSCRIPT.read_text(encoding="utf-8").strip()
+    for n in range(count):
+        seconds, path = draw.uniform(2, 14), folder / f"{n}.flac"
+        soundfile.write(path, _clip(seconds, rate), rate)
+        history = [{"role": r, "content": text} for r in ("user", "assistant") * 3][: 2 * draw.randint(0, 3)]
+        words = " ".join((text.split() * 5)[: int(seconds * 3)])
+        known = {"id": str(n), "corpus": "b", "split": "train", "audio": str(path), "duration": seconds}
+        known |= {"caption": "(sad voice)", "emotion": ("sad", "happy")[n % 2]}
+        rows.append(make_row(**known, history=history, transcript=words))
+    return rows
 
+
+def _bare_step(model: DualSLMForConditionalGeneration, rows: int, length: int, repeats: int = 4) -> float:
+    """Seconds of the LLM's own forward and backward pass, best of `repeats`: no padding, one target in each row."""
     llm, best = model.language_model, float("inf")
     weight = llm.get_input_embeddings().weight
     device, half = weight.device, weight.dtype == torch.bfloat16
@@ -261,119 +260,54 @@ def _bare_step(model, rows: int, length: int, repeats: int = 4) -> float:
     return best
 
 
-def benchmark_train(model, processor, steps: int = 6, batch_size: int = 16) -> dict[str, float]:
-    """A training step beside the unoptimised path and the floor, in one run.
+def benchmark_train(
+    model: DualSLMForConditionalGeneration, processor: DualSLMProcessor, steps: int = 6, batch_size: int = 16
+) -> dict[str, float]:
+    """Times training steps beside unoptimised ones and the lower bound, in one run.
 
-    The clips are the demo clip repeated to 2 to 14 s, half of them ASR, half attribute tasks after up to six turns; as
-    many rows as training sorts by length at a time, and `steps` of their batches at random.
-    Unoptimised: the encoder on log-mel padded to 30 s in every step, PyTorch's fused attention, logits at every position,
-    batches without buckets. Floor: `positions_floor` at this machine's matrix rate.
+    Half of the samples are ASR, half attribute tasks. The lower bound is `positions_floor` at this machine's matrix rate.
+
+    Args:
+        steps: measured batches, out of as many as training sorts by length together.
     """
-    import dataclasses
-
-    from .collator import DualSLMCollator, TrainingCollator
-    from .corpora.schema import make_row
-    from .features import FeatureStore
-    from .recipe import StageRecipe
-    from .run import matrix_rate
-    from .trainer import BUCKET_SPAN, BucketSampler, StageDataset, fitted_attention, positions_floor
-
-    draw, rate = random.Random(0), processor.sampling_rate
-    device, dtype = model.device, next(model.language_model.parameters()).dtype
-    text = DEMO_TRANSCRIPT.read_text(encoding="utf-8").strip()
-    stage = StageRecipe(name="benchmark", err_stage="disentangle", tasks={"asr": 1, "emotion": 1})
-    floor_rate = matrix_rate(str(dtype).removeprefix("torch."))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0)
-    times = dict.fromkeys(("collate", "adapters", "LLM forward and loss", "backward", "optimiser"), 0.0)
+    config = model.config.get_text_config()
+    floor_rate = matrix_rate(str(next(model.language_model.parameters()).dtype).removeprefix("torch."))
+    attention = model.language_model.config._attn_implementation
     with tempfile.TemporaryDirectory() as folder:
-        import soundfile
-
-        rows = []
-        for n in range(BUCKET_SPAN * batch_size):
-            seconds = draw.uniform(2, 14)
-            path = Path(folder) / f"{n}.flac"
-            soundfile.write(path, _clip(seconds, rate), rate)
-            history = [{"role": r, "content": text} for r in ("user", "assistant") * 3][: 2 * draw.randint(0, 3)]
-            row = make_row(id=str(n), corpus="b", split="train", audio=str(path), duration=seconds, history=history)
-            words = " ".join((text.split() * 5)[: int(seconds * 3)])
-            rows.append(row | {"transcript": words, "caption": "(sad voice)", "emotion": ("sad", "happy")[n % 2]})
+        rows = _training_rows(Path(folder), BUCKET_SPAN * batch_size, processor.sampling_rate)
         store = FeatureStore(Path(folder) / "features", model.config)
-        started = time.perf_counter()
+        started = _now()
         store.build(rows, model, processor)
-        cache_seconds = time.perf_counter() - started
-        dataset = StageDataset(rows, stage, 0)
-        joint = StageDataset(rows, dataclasses.replace(stage, err_stage="joint"), 0)
-        collator, plain = TrainingCollator(processor, store), DualSLMCollator(processor)
+        cache_seconds = _now() - started
+        training = _TrainingSteps(model, processor, store, rows)
         model.train()
-
-        def fast(keys) -> tuple[int, int, int]:
-            laps = [_now()]
-            batch = collator([dataset[key] for key in keys])
-            batch.pop("task_ids")
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            laps.append(_now())
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                audio = model.adapt_audio(
-                    *(batch.pop(name) for name in ("audio_states", "audio_lengths", "audio_branches")),
-                    batch.pop("audio_pooled", None),
-                    batch.pop("audio_trained"),
-                )
-                laps.append(_now())
-                with fitted_attention(model.language_model):
-                    output = model(**batch, audio_features=audio, only_targets=True)
-                known = output.labels != -100
-                loss = torch.nn.functional.cross_entropy(output.logits.float(), output.labels[known])
-            laps.append(_now())
-            loss.backward()
-            laps.append(_now())
-            optimizer.step()
-            optimizer.zero_grad()
-            laps.append(_now())
-            for name, start, end in zip(times, laps, laps[1:], strict=False):
-                times[name] += end - start
-            return output.num_positions, int(known.sum()), output.num_constant_positions
-
-        def slow(keys) -> None:
-            batch = {name: tensor.to(device) for name, tensor in plain([joint[key].sample for key in keys]).items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        buckets = list(BucketSampler(dataset, batch_size, 0))
-        mixed = list(BucketSampler(dataset, batch_size, 0, bucketing=False))
-        padding, attention = model.config.encoder_padding, model.language_model.config._attn_implementation
-        fast_seconds, slow_seconds, positions, targets, constant = 0.0, 0.0, 0, 0, 0
-        pairs, warm_up = list(zip(buckets[:steps], mixed[:steps], strict=True)), 1
-        if device.type == "cuda":  # which takes memory and chooses kernels when it first sees a shape
+        mixed = BucketSampler(training.dataset, batch_size, 0, bucketing=False)
+        pairs = list(itertools.islice(zip(BucketSampler(training.dataset, batch_size, 0), mixed, strict=True), steps))
+        warm_up = 1
+        if model.device.type == "cuda":  # allocates memory and selects kernels at each new shape
             pairs, warm_up = 2 * pairs, len(pairs)
-        for number, (ours, theirs) in enumerate(pairs):
-            started = _now()
-            done = fast(ours)
-            middle = _now()
-            model.config.encoder_padding = processor.encoder_padding = "max_length"
-            model.language_model.set_attn_implementation("sdpa")
-            again = _now()
-            slow(theirs)
-            end = _now()
-            model.config.encoder_padding = processor.encoder_padding = padding
-            if number < warm_up:
-                times = dict.fromkeys(times, 0.0)
-                continue
-            fast_seconds, slow_seconds = fast_seconds + middle - started, slow_seconds + end - again
-            positions, targets, constant = positions + done[0], targets + done[1], constant + done[2]
-        measured, text_config = len(pairs) - warm_up, model.config.get_text_config()
-        size = (batch_size, positions // measured // batch_size)
-        bare = _bare_step(model, *size) * floor_rate / positions_floor(size[0] * size[1], size[0], text_config)
-        model.language_model.set_attn_implementation(attention)
-        model.eval()
-    floor = positions_floor(positions, targets, text_config, constant) / floor_rate
-    figures = {"seconds a step": fast_seconds / measured, "unoptimised seconds a step": slow_seconds / measured}
-    figures |= {"times as fast as unoptimised": slow_seconds / fast_seconds, "times the floor": fast_seconds / floor}
-    figures["the LLM alone, as many positions and no padding, times its floor"] = bare
-    figures |= {f"share of {name} %": 100 * value / fast_seconds for name, value in times.items()}
-    figures |= {"matrix rate TFLOPS": floor_rate / 1e12, "real positions a step": positions / measured}
-    figures["of them without a backward pass"] = constant / measured
-    return figures | {"once, for the cache, s": cache_seconds, "samples a step": batch_size}
+        done = [(*training.fast(ours), training.slow(theirs)) for ours, theirs in pairs][warm_up:]
+    phases, counts, slow = (np.array(column) for column in zip(*done, strict=True))
+    positions, targets, constant = counts.sum(0).tolist()
+    fast_seconds = float(phases.sum())
+    length = positions // len(done) // batch_size
+    bare = (
+        _bare_step(model, batch_size, length) * floor_rate / positions_floor(batch_size * length, batch_size, config)
+    )
+    model.language_model.set_attn_implementation(attention)
+    model.eval()
+    floor = positions_floor(positions, targets, config, constant) / floor_rate
+    shares = zip(training.PHASES, phases.sum(0).tolist(), strict=True)
+    return {
+        "seconds a step": fast_seconds / len(done),
+        "unoptimised seconds a step": float(slow.mean()),
+        "times as fast as unoptimised": float(slow.sum()) / fast_seconds,
+        "times the floor": fast_seconds / floor,
+        "the LLM alone, as many positions and no padding, times its floor": bare,
+        **{f"share of {name} %": 100 * seconds / fast_seconds for name, seconds in shares},
+        "matrix rate TFLOPS": floor_rate / 1e12,
+        "real positions a step": positions / len(done),
+        "of them without a backward pass": constant / len(done),
+        "once, for the cache, s": cache_seconds,
+        "samples a step": batch_size,
+    }

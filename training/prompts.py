@@ -2,6 +2,6 @@
 
 import yaml
 
-from .backbones import ASSETS
+from .files import ASSETS
 
 PROMPTS = yaml.safe_load((ASSETS / "prompts.yaml").read_text(encoding="utf-8"))

@@ -1,87 +1,76 @@
-"""What is in a table: counts, hours, labels, speakers of each split, leaks between splits, where speech begins."""
+"""What is in a table: counts, hours, labels, speakers, leaks between splits, positions of speech; as text and figure."""
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .attributes import MEASURED
 from .corpora import CORPORA
-from .corpora.schema import SPLITS
-from .tasks import ATTRIBUTES, label_sets, make_sample, tasks_of
+from .corpora.row import Row
+from .labels import ATTRIBUTES, SPLITS
+from .tasks import label_sets, make_sample, tasks_of
+
+_COLOURS = {"train": "#4477aa", "validation": "#ccbb44", "test": "#ee6677"}
+_LINE = "{corpus:<20}{split:<12}{rows:>8,}{audio:>8,}{hours:>9.2f}{speakers:>10,}{dialogues:>11,}{responses:>11,}"
 
 
-def count(rows: list[dict]) -> list[dict]:
-    """One record for each (corpus, split): rows, with audio, hours, speakers, dialogues, responses."""
+def count(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """A record for each corpus and split: rows, rows with audio, hours, speakers, dialogues and responses."""
     groups = defaultdict(list)
     for row in rows:
-        groups[row["corpus"], row["split"]].append(row)
+        groups[row.corpus, row.split].append(row)
     records = []
     for (corpus, split), members in sorted(groups.items(), key=lambda item: (item[0][0], SPLITS.index(item[0][1]))):
-        records.append(
-            {
-                "corpus": corpus,
-                "split": split,
-                "rows": len(members),
-                "audio": sum(row["audio"] is not None for row in members),
-                "hours": sum(row["duration"] or 0 for row in members) / 3600,
-                "speakers": len({row["speaker"] for row in members} - {None}),
-                "dialogues": len({row["dialogue"] for row in members} - {None}),
-                "responses": sum(row["response"] is not None for row in members),
-            }
-        )
+        known = {"corpus": corpus, "split": split, "rows": len(members)}
+        known |= {"audio": sum(row.audio is not None for row in members)}
+        known |= {"hours": sum(row.duration or 0 for row in members) / 3600}
+        known |= {
+            f"{name}s": len({getattr(row, name) for row in members} - {None}) for name in ("speaker", "dialogue")
+        }
+        records.append(known | {"responses": sum(row.response is not None for row in members)})
     return records
 
 
-def leaks(rows: list[dict]) -> tuple[list[str], list[str]]:
-    """What two splits share: (leaks, what is shared by a corpus's own design or cannot be helped).
+def leaks(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """What is in several splits: leaks, and what a corpus shares by design.
 
-    Speakers and audio files are compared within and across corpora by name, dialogues within their corpus. Sentences
-    that are read in several splits are told apart from leaks: some corpora have but a few.
+    Speakers and audio files are compared by name, also between corpora; dialogues within their corpus. Sentences of four
+    words or more are told as shared, but are not leaks: some corpora have only a few sentences.
     """
-    places: dict[str, dict] = {kind: defaultdict(set) for kind in ("speaker", "audio", "dialogue", "sentence")}
-    corpora = defaultdict(set)
+    splits = {kind: defaultdict(set) for kind in ("speaker", "audio", "dialogue", "sentence")}
+    by_design = {name for name, corpus in CORPORA.items() if corpus.shares_speakers}
+    leaky = {row.speaker for row in rows if row.corpus not in by_design}
     for row in rows:
-        keys = {"speaker": row["speaker"], "audio": row["audio"], "sentence": None}
-        keys["dialogue"] = row["dialogue"] and f"{row['corpus']}, {row['dialogue']}"
-        if row["transcript"] and len(row["transcript"].split()) >= 4:
-            keys["sentence"] = row["transcript"].lower()
+        keys = {"speaker": row.speaker, "audio": row.audio}
+        keys["dialogue"] = row.dialogue and f"{row.corpus}, {row.dialogue}"
+        if row.transcript and len(row.transcript.split()) >= 4:
+            keys["sentence"] = row.transcript.lower()
         for kind, key in keys.items():
             if key is not None:
-                places[kind][key].add(row["split"])
-                if kind == "speaker":
-                    corpora[key].add(row["corpus"])
+                splits[kind][key].add(row.split)
     found, known = [], []
-    for kind, where in places.items():
-        shared = {key: splits for key, splits in where.items() if len(splits) > 1}
-        by_design = {k for k in shared if kind == "speaker" and all(_shares_speakers(c) for c in corpora[k])}
-        if kind == "sentence":
-            by_design = set(shared)
-        for keys, report, why in (
-            (set(shared) - by_design, found, ""),
-            (by_design, known, " (by the corpus's design)" if kind == "speaker" else " (the same words, not a leak)"),
-        ):
+    for kind, where in splits.items():
+        shared = {key for key, places in where.items() if len(places) > 1}
+        expected = shared if kind == "sentence" else shared - leaky if kind == "speaker" else set()
+        reason = " (by the corpus's design)" if kind == "speaker" else " (the same words, not a leak)"
+        for keys, report, why in ((shared - expected, found, ""), (expected, known, reason)):
             if keys:
                 example = min(keys)
-                splits = " and ".join(sorted(shared[example], key=SPLITS.index))
-                report.append(f"{len(keys):,} x {kind} in several splits{why}, such as {example[:70]!r} in {splits}")
+                places = " and ".join(sorted(where[example], key=SPLITS.index))
+                report.append(f"{len(keys):,} x {kind} in several splits{why}, such as {example[:70]!r} in {places}")
     return found, known
 
 
-def _shares_speakers(corpus: str) -> bool:
-    return corpus in CORPORA and CORPORA[corpus].shares_speakers
-
-
-def first_speech_positions(rows: list[dict], tokenizer, seed: int = 0, limit: int = 2_000) -> list[int]:
-    """Tokens before the first speech embedding, for one task of each of at most `limit` rows (section III-C)."""
+def first_speech_positions(rows: Sequence[Row], tokenizer: Any, seed: int = 0, limit: int = 2_000) -> list[int]:
+    """Number of tokens before the first speech embedding, in one task of at most `limit` rows (paper, section III-C)."""
     choices, positions = label_sets(rows), []
-    order = np.random.default_rng(seed).permutation(len(rows))
-    for index in order:
+    for index in np.random.default_rng(seed).permutation(len(rows)):
         row = rows[index]
-        tasks = tasks_of(row)
-        if not tasks:
+        if not (tasks := tasks_of(row)):
             continue
-        # A row that can be a dialogue is one: these are what positions are varied for.
+        # Positions are varied for dialogues, so a row that can be a dialogue is one.
         task = "dialogue" if "dialogue" in tasks else tasks[index % len(tasks)]
         messages = make_sample(row, task, choices, seed).messages
         spoken = {**messages[-1], "content": "<|audio|>"}
@@ -92,107 +81,91 @@ def first_speech_positions(rows: list[dict], tokenizer, seed: int = 0, limit: in
     return positions
 
 
-def describe_table(rows: list[dict], positions: list[int] | None = None) -> str:
-    """All of it as text."""
+def describe_table(rows: Sequence[Row], positions: Sequence[int] | None = None) -> str:
+    """Statistics of a table, and of its `first_speech_positions`, as text."""
     records = count(rows)
-    lines = [
-        f"{'corpus':<20}{'split':<12}{'rows':>8}{'audio':>8}{'hours':>9}{'speakers':>10}{'dialogues':>11}{'responses':>11}"
-    ]
-    lines += [
-        f"{r['corpus']:<20}{r['split']:<12}{r['rows']:>8,}{r['audio']:>8,}{r['hours']:>9.2f}{r['speakers']:>10,}"
-        f"{r['dialogues']:>11,}{r['responses']:>11,}"
-        for r in records
-    ]
-    lines.append(
-        f"{'all':<32}{sum(r['rows'] for r in records):>8,}{sum(r['audio'] for r in records):>8,}"
-        f"{sum(r['hours'] for r in records):>9.2f}"
-    )
-    lines.append("")
+    lines = ["corpus              split           rows   audio    hours  speakers  dialogues  responses"]
+    lines += [_LINE.format(**record) for record in records]
+    rows_of_all, audio, hours = (sum(r[name] for r in records) for name in ("rows", "audio", "hours"))
+    lines += [f"{'all':<32}{rows_of_all:>8,}{audio:>8,}{hours:>9.2f}", ""]
     for name in ATTRIBUTES:
-        labels = Counter(row[name] for row in rows)
+        labels = Counter(row.label(name) for row in rows)
         unknown = labels.pop(None, 0)
         shares = ", ".join(f"{label} {n:,} ({n / sum(labels.values()):.0%})" for label, n in labels.most_common())
         lines.append(f"{name:<10}{shares or '-'}" + (f"; unknown {unknown:,}" if unknown else ""))
     if positions:
         quantiles = np.quantile(positions, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]).round().astype(int)
-        lines.append("")
-        lines.append(
-            "first speech embedding at token "
-            + ", ".join(
-                f"{n} ({name})"
-                for n, name in zip(quantiles, ("least", "5 %", "25 %", "median", "75 %", "95 %", "most"), strict=True)
-            )
-        )
+        names = ("least", "5 %", "25 %", "median", "75 %", "95 %", "most")
+        named = (f"{position} ({name})" for position, name in zip(quantiles, names, strict=True))
+        lines += ["", f"first speech embedding at token {', '.join(named)}"]
     found, known = leaks(rows)
     lines.append("")
     lines += [f"LEAK  {leak}" for leak in found] or ["no leaks: no speaker, dialogue or audio file is in two splits"]
-    lines += [f"note  {note}" for note in known]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"note  {note}" for note in known)])
 
 
-def plot_table(rows: list[dict], path: str | Path, positions: list[int] | None = None, title: str = "") -> None:
-    """All of it as one picture."""
-    import matplotlib
+def plot_table(rows: Sequence[Row], path: str | Path, positions: Sequence[int], title: str) -> None:
+    """Statistics of a table as an image. Without `first_speech_positions`, the lengths of the histories are shown."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    figure.suptitle(title)
+    sizes, labels, emotions, durations, pitch, turns = figure.subplots(2, 3).flat
+    _plot_sizes(sizes, rows)
+    _plot_labels(labels, rows)
+    counts = Counter(row.emotion for row in rows)
+    emotions.set(title=f"emotions ({counts.pop(None, 0):,} rows unknown)", xlabel="rows")
+    ordered = dict(counts.most_common()[::-1])
+    emotions.barh(list(ordered), list(ordered.values()), color="#66ccee")
+    if seconds := [row.duration for row in rows if row.duration]:
+        durations.hist(np.clip(seconds, 0, 20), bins=40, color="#4477aa")
+        durations.set(title=f"length of clips (median {np.median(seconds):.1f} s)", xlabel="seconds (20: or longer)")
+    else:
+        durations.set(title="no audio")
+    _plot_pitch(pitch, rows)
+    if positions:
+        turns.hist(positions, bins=40, color="#ee6677")
+        turns.set(title="where the first speech embedding is", xlabel="tokens before it")
+    else:
+        earlier = Counter(len(row.history) for row in rows)
+        turns.bar(list(earlier), list(earlier.values()), color="#ee6677")
+        turns.set(title="turns before the spoken one", xlabel="turns")
+    figure.savefig(path, dpi=110)
 
-    colours = {"train": "#4477aa", "validation": "#ccbb44", "test": "#ee6677"}
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    if title:
-        figure.suptitle(title)
-    records = count(rows)
-    names = sorted({r["corpus"] for r in records}, reverse=True)
-    hours = any(r["hours"] for r in records)
 
-    axis, left = axes[0, 0], dict.fromkeys(names, 0.0)
-    for split in SPLITS:
-        value = {r["corpus"]: r["hours"] if hours else r["rows"] for r in records if r["split"] == split}
-        axis.barh(names, [value.get(n, 0) for n in names], left=list(left.values()), color=colours[split], label=split)
-        left = {n: left[n] + value.get(n, 0) for n in names}
-    sizes = {name: sum(r["rows"] for r in records if r["corpus"] == name) for name in names}
+def _plot_sizes(axis: Any, rows: Sequence[Row]) -> None:
+    records, sizes = count(rows), Counter(row.corpus for row in rows)
+    names = sorted(sizes, reverse=True)
+    unit, left = "hours" if any(r["hours"] for r in records) else "rows", np.zeros(len(names))
+    for split, colour in _COLOURS.items():
+        value = {r["corpus"]: r[unit] for r in records if r["split"] == split}
+        widths = np.array([value.get(name, 0.0) for name in names])
+        axis.barh(names, widths, left=left, color=colour, label=split)
+        left = left + widths
     axis.set_yticks(range(len(names)), [f"{name}\n{sizes[name]:,} rows" for name in names])
     axis.legend()
-    axis.set(title="hours" if hours else "rows", xlabel="hours" if hours else "rows")
+    axis.set(title=unit, xlabel=unit)
 
-    axis = axes[0, 1]
-    for place, name in enumerate(reversed(ATTRIBUTES[:4])):
-        labels, start = Counter(row[name] for row in rows if row[name] is not None), 0.0
+
+def _plot_labels(axis: Any, rows: Sequence[Row]) -> None:
+    from matplotlib import colormaps
+
+    names = ATTRIBUTES[3::-1]  # without the emotion, from bottom to top
+    for place, name in enumerate(names):
+        labels, start = Counter(row.label(name) for row in rows if row.label(name) is not None), 0.0
         order = [label for label in ("female", "male", "slow", "low", "normal", "fast", "high") if label in labels]
         for shade, label in enumerate(order):
             width = labels[label] / sum(labels.values())
-            axis.barh(place, width, left=start, color=plt.cm.viridis(0.25 + 0.3 * shade))
-            axis.text(
-                start + width / 2,
-                place,
-                f"{label}\n{width:.0%}",
-                ha="center",
-                va="center",
-                fontsize=9,
-                color="white" if shade == 0 else "black",
-            )
+            axis.barh(place, width, left=start, color=colormaps["viridis"](0.25 + 0.3 * shade))
+            style = {"ha": "center", "va": "center", "fontsize": 9, "color": "black" if shade else "white"}
+            axis.text(start + width / 2, place, f"{label}\n{width:.0%}", **style)
             start += width
-    axis.set(title="labels", yticks=range(4), yticklabels=list(reversed(ATTRIBUTES[:4])), xlim=(0, 1))
+    axis.set(title="labels", yticks=range(len(names)), yticklabels=names, xlim=(0, 1))
 
-    axis = axes[0, 2]
-    emotions = Counter(row["emotion"] for row in rows)
-    unknown = emotions.pop(None, 0)
-    ordered = emotions.most_common()[::-1]
-    axis.barh([name for name, _ in ordered], [n for _, n in ordered], color="#66ccee")
-    axis.set(title=f"emotions ({unknown:,} rows unknown)", xlabel="rows")
 
-    axis = axes[1, 0]
-    durations = [row["duration"] for row in rows if row["duration"]]
-    if durations:
-        axis.hist(np.clip(durations, 0, 20), bins=40, color="#4477aa")
-        axis.set(title=f"length of clips (median {np.median(durations):.1f} s)", xlabel="seconds (20: or longer)")
-    else:
-        axis.set(title="no audio")
-
-    axis = axes[1, 1]
-    column = MEASURED["pitch"]
+def _plot_pitch(axis: Any, rows: Sequence[Row]) -> None:
     for gender, colour in (("female", "#aa3377"), ("male", "#228833"), (None, "#bbbbbb")):
-        values = [row[column] for row in rows if row[column] and row["gender"] == gender]
+        values = [row.pitch_hz for row in rows if row.pitch_hz and row.gender == gender]
         if values:
             axis.hist(values, bins=40, range=(60, 400), color=colour, alpha=0.6, label=gender or "gender unknown")
     if axis.has_data():
@@ -200,14 +173,3 @@ def plot_table(rows: list[dict], path: str | Path, positions: list[int] | None =
         axis.set(title="mean pitch", xlabel="Hz")
     else:
         axis.set(title="pitch not measured (corpus label)")
-
-    axis = axes[1, 2]
-    if positions:
-        axis.hist(positions, bins=40, color="#ee6677")
-        axis.set(title="where the first speech embedding is", xlabel="tokens before it")
-    else:
-        turns = Counter(len(row["history"]) for row in rows)
-        axis.bar(list(turns), list(turns.values()), color="#ee6677")
-        axis.set(title="turns before the spoken one", xlabel="turns")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

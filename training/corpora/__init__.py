@@ -1,23 +1,18 @@
-"""Corpora as tables of one row schema."""
+"""Corpora as tables of one row schema; README.md says what each corpus needs and how to add one."""
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from .row import Row
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """What is known of a corpus before it is read.
-
-    Args:
-        about: for the command line's help.
-        shares_speakers: its own splits share speakers, by design.
-    """
-
-    about: str
-    shares_speakers: bool = False
+class Corpus(NamedTuple):
+    summary: str  # one line for the command line's help
+    shares_speakers: bool = False  # the corpus's own splits share speakers, by design
 
 
-# Each name is a module here with `read(root, ...) -> rows`; its docstring says where the corpus is and how it lies.
+# Each name is a module with `read(root, report, ...)`; its docstring names the source and the layout of the corpus.
 CORPORA = {
     "librispeech": Corpus("read speech, transcripts (CC BY 4.0)"),
     "textrolspeech": Corpus("captions, gender, pitch, tempo, energy, emotion"),
@@ -31,8 +26,8 @@ CORPORA = {
 }
 
 
-def reader(name: str):
-    """The `read` function of a corpus."""
+def reader(name: str) -> Callable[..., Iterator[Row]]:
+    """The `read` function of a corpus; an unknown name is a ValueError."""
     if name not in CORPORA:
         raise ValueError(f"no corpus of the name {name!r}; there are {', '.join(CORPORA)}.")
     return importlib.import_module(f".{name}", __name__).read

@@ -2,52 +2,37 @@
 
     VideoDemographics.csv    SentenceFilenames.csv    AudioWAV/{actor}_{sentence}_{emotion}_{level}.wav
 
-`emotion` is the one that was acted, not the listeners' vote. The corpus has no split: 10 % of the actors each are
-validation and test, by a hash of their number.
+`emotion` is the acted one, not the listeners' vote. The corpus has no split: 10 % of the actors are validation, 10 % are
+test, by a hash of their number.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from .schema import Report, make_row, read_csv, split_by
+from ..text import split_by
+from .checks import Report
+from .reading import read_csv
+from .row import Row, make_row
 
 _EMOTIONS = {"ANG": "angry", "DIS": "disgust", "FEA": "fearful", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
-_TEXTS = {
-    "IEO": "It's eleven o'clock.",
-    "TIE": "That is exactly what happened.",
-    "IOM": "I'm on my way to the meeting.",
-    "IWW": "I wonder what this is about.",
-    "TAI": "The airplane is almost full.",
-    "MTI": "Maybe tomorrow it will be cold.",
-    "IWL": "I would like a new alarm clock.",
-    "ITH": "I think I have a doctor's appointment.",
-    "DFA": "Don't forget a jacket.",
-    "ITS": "I think I've seen this before.",
-    "TSI": "The surface is slick.",
-    "WSI": "We'll stop in a couple of minutes.",
-}
+_TEXTS = {"IEO": "It's eleven o'clock.", "TIE": "That is exactly what happened.", "TSI": "The surface is slick."}
+_TEXTS |= {"IOM": "I'm on my way to the meeting.", "IWW": "I wonder what this is about."}
+_TEXTS |= {"TAI": "The airplane is almost full.", "MTI": "Maybe tomorrow it will be cold."}
+_TEXTS |= {"IWL": "I would like a new alarm clock.", "ITH": "I think I have a doctor's appointment."}
+_TEXTS |= {"DFA": "Don't forget a jacket.", "ITS": "I think I've seen this before."}
+_TEXTS |= {"WSI": "We'll stop in a couple of minutes."}
 
 
-def read(root: Path, report: Report) -> Iterator[dict]:
-    """Rows of every clip that `SentenceFilenames.csv` lists."""
-    gender = {
-        record["ActorID"]: record["Sex"].lower()
-        for record in read_csv(root / "VideoDemographics.csv", ("ActorID", "Sex"))
-    }
-    for record in read_csv(root / "SentenceFilenames.csv", ("Filename",)):
-        fields = record["Filename"].split("_")
+def read(root: Path, report: Report) -> Iterator[Row]:
+    """Rows of all clips that `SentenceFilenames.csv` lists."""
+    gender = {r["ActorID"]: r["Sex"].lower() for r in read_csv(root / "VideoDemographics.csv", ("ActorID", "Sex"))}
+    names = root / "SentenceFilenames.csv"
+    for name in (record["Filename"] for record in read_csv(names, ("Filename",))):
+        fields = name.split("_")
         if len(fields) != 4:
-            raise ValueError(
-                f"{root / 'SentenceFilenames.csv'}: {record['Filename']!r} is no clip's name. Is it cut off?"
-            )
+            raise ValueError(f"{names}: {name!r} is not the name of a clip. Is it cut off?")
         actor, sentence, emotion, _ = fields
-        yield make_row(
-            id=record["Filename"],
-            corpus="cremad",
-            split=split_by(f"cremad/{actor}", validation=0.1, test=0.1),
-            audio=str(root / "AudioWAV" / f"{record['Filename']}.wav"),
-            transcript=_TEXTS.get(sentence),
-            speaker=f"cremad_{actor}",
-            gender=gender.get(actor),
-            emotion=_EMOTIONS.get(emotion),
-        )
+        known = {"id": name, "corpus": "cremad", "split": split_by(f"cremad/{actor}", validation=0.1, test=0.1)}
+        known |= {"speaker": f"cremad_{actor}", "gender": gender.get(actor)}
+        known |= {"transcript": _TEXTS.get(sentence), "emotion": _EMOTIONS.get(emotion)}
+        yield make_row(**known, audio=str(root / "AudioWAV" / f"{name}.wav"))

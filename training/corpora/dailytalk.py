@@ -2,88 +2,93 @@
 
     metadata.json    data/{dialogue}/{utterance}_{speaker}_d{dialogue}.wav, the words beside it in a .txt
 
-`dailytalk_dialogs.jsonl` (one dialogue a line: dialog_idx, turns of basename, speaker, text, emotion) is read in place
-of `metadata.json` where it is there. The corpus has no split of its own: 5 % of the dialogues each are validation and
-test, by a hash of their number; both speakers are in all of them. Every turn is a row, so that the paper's cuts of a
-dialogue at its midpoints (section IV-A) are all in the table.
+If there is a `dailytalk_dialogs.jsonl`, it is read instead of `metadata.json`: one dialogue a line, with dialog_idx and
+turns of basename, speaker, text, emotion. The corpus has no split: 5 % of the dialogues are validation, 5 % are test, by
+a hash of their number. Both speakers are in all splits. Every turn is a row, so the table has all cuts of a dialogue at
+its midpoints (paper, section IV-A).
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from .schema import Report, clean_text, make_row, messages, split_by
+from ..text import split_by
+from .checks import Report
+from .reading import clean_text, messages
+from .row import Row, make_row
 
 _GENDER = {"0": "male", "1": "female"}
 
 
-def read(root: Path, report: Report) -> Iterator[dict]:
-    """Rows of every turn; "no emotion" is null. Where the turns of a dialogue leave a gap, the history starts behind it."""
+class _Turn(NamedTuple):
+    number: int
+    name: str  # of the audio file
+    speaker: str
+    text: str
+    emotion: str
+
+
+def read(root: Path, report: Report) -> Iterator[Row]:
+    """Rows of all turns; "no emotion" is None. After a gap in the turns of a dialogue the history starts anew."""
     root = root / "dailytalk" if (root / "dailytalk").is_dir() else root
     for dialogue, turns in _dialogues(root):
-        split = split_by(f"dailytalk/{dialogue}")
+        known = {"corpus": "dailytalk", "dialogue": str(dialogue), "split": split_by(f"dailytalk/{dialogue}")}
         earlier, expected = [], 0
-        for place, (number, name, speaker, text, emotion) in enumerate(turns):
-            if number != expected:
-                report.add("gap in a dialogue; the history starts behind it", f"dialogue {dialogue}, turn {number}")
+        for turn, following in zip(turns, [*turns[1:], None], strict=True):
+            if turn.number != expected:
+                example = f"dialogue {dialogue}, turn {turn.number}"
+                report.add("gap in a dialogue; the history starts after it", example)
                 earlier = []
-            following = turns[place + 1] if place + 1 < len(turns) else None
-            answered = following is not None and following[0] == number + 1 and following[2] != speaker
+            expected = turn.number + 1
+            response = None
+            if following and following.number == expected and following.speaker != turn.speaker:
+                response = following.text
+            known |= {"id": turn.name, "turn": turn.number, "transcript": turn.text}
+            known |= {"speaker": f"dailytalk_{turn.speaker}", "gender": _GENDER.get(turn.speaker)}
             yield make_row(
-                id=name,
-                corpus="dailytalk",
-                split=split,
-                audio=str(root / "data" / str(dialogue) / f"{name}.wav"),
-                transcript=text,
-                speaker=f"dailytalk_{speaker}",
-                gender=_GENDER.get(speaker),
-                emotion=None if emotion in ("no emotion", "none") else emotion,
-                dialogue=str(dialogue),
-                turn=number,
-                history=messages(earlier, speaker),
-                response=following[3] if answered else None,
+                **known,
+                audio=str(root / "data" / str(dialogue) / f"{turn.name}.wav"),
+                emotion=None if turn.emotion in ("no emotion", "none") else turn.emotion,
+                history=messages(earlier, turn.speaker),
+                response=response,
             )
-            earlier.append((speaker, text))
-            expected = number + 1
+            earlier.append((turn.speaker, turn.text))
 
 
-def _dialogues(root: Path) -> Iterator[tuple[int, list[tuple[int, str, str, str, str]]]]:
-    """(number, [(place, file's name, speaker, text, emotion)]) of each dialogue."""
+def _dialogues(root: Path) -> Iterator[tuple[int, list[_Turn]]]:
     lines, metadata = root / "dailytalk_dialogs.jsonl", root / "metadata.json"
     if lines.is_file():
         with open(lines, encoding="utf-8") as file:
-            for line in file:
-                record = _parse(line, lines)
-                yield (
-                    record["dialog_idx"],
-                    [
-                        (t["utterance_idx"], t["basename"], str(t["speaker"]), clean_text(t["text"]), t["emotion"])
-                        for t in record["turns"]
-                    ],
-                )
-        return
-    if not metadata.is_file():
+            for dialogue in (_parse(line, lines) for line in file):
+                yield dialogue["dialog_idx"], [_turn_of_line(turn) for turn in dialogue["turns"]]
+    elif metadata.is_file():
+        dialogues = _parse(metadata.read_text(encoding="utf-8"), metadata)
+        for key in sorted(dialogues, key=int):
+            turns = dialogues[key]
+            yield int(key), [_turn(metadata, key, int(number), turns[number]) for number in sorted(turns, key=int)]
+    else:
         raise FileNotFoundError(f"{root} holds neither metadata.json nor dailytalk_dialogs.jsonl.")
-    dialogues = _parse(metadata.read_text(encoding="utf-8"), metadata)
-    for key, dialogue in sorted(dialogues.items(), key=lambda item: int(item[0])):
-        turns = []
-        for number, about in sorted(((int(n), a) for n, a in dialogue.items()), key=lambda item: item[0]):
-            if "emotion" not in about:
-                raise ValueError(
-                    f"{metadata}: dialogue {key}, turn {number} has no emotion; it has {', '.join(about)}."
-                )
-            beside = next(iter((root / "data" / key).glob(f"{number}_*_d{key}.txt")), None)
-            if beside is not None:
-                name, text = beside.stem, beside.read_text(encoding="utf-8")
-            else:
-                missing = [k for k in ("speaker", "text") if k not in about]
-                if missing:
-                    raise ValueError(
-                        f"{metadata}: dialogue {key}, turn {number} has no {missing[0]}, and no .txt file."
-                    )
-                name, text = f"{number}_{about['speaker']}_d{key}", about["text"]
-            turns.append((number, name, name.split("_")[1], clean_text(text), about["emotion"]))
-        yield int(key), turns
+
+
+def _turn_of_line(turn: dict) -> _Turn:
+    number, name, speaker = turn["utterance_idx"], turn["basename"], str(turn["speaker"])
+    return _Turn(number, name, speaker, clean_text(turn["text"]), turn["emotion"])
+
+
+def _turn(metadata: Path, dialogue: str, number: int, turn: dict) -> _Turn:
+    """A turn of `metadata.json`; the text file beside the audio, if there is one, tells its name and words."""
+    beside = next((metadata.parent / "data" / dialogue).glob(f"{number}_*_d{dialogue}.txt"), None)
+    for key in ("emotion",) if beside else ("emotion", "speaker", "text"):
+        if key not in turn:
+            lack = key if key == "emotion" else f"{key}, and no .txt file"
+            place = f"{metadata}: dialogue {dialogue}, turn {number}"
+            raise ValueError(f"{place} has no {lack}; it has {', '.join(turn)}.")
+    if beside:
+        name, text = beside.stem, beside.read_text(encoding="utf-8")
+    else:
+        name, text = f"{number}_{turn['speaker']}_d{dialogue}", turn["text"]
+    return _Turn(number, name, name.split("_")[1], clean_text(text), turn["emotion"])
 
 
 def _parse(text: str, path: Path) -> dict:

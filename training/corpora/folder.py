@@ -1,65 +1,68 @@
 """One's own corpus: a folder with `metadata.jsonl` or `metadata.csv` beside its audio files.
 
-`file` (or `audio`, `path`) is relative to the folder, `text` (or `transcript`) is what is said; any other column of the
-schema is taken as it is, columns outside it are ignored. `split` is train, validation or test (default: train).
+`file` (or `audio`, `path`) is relative to the folder, `text` (or `transcript`) is what is said. Other columns of a row are
+taken as they are, unknown ones ignored. `split` is train, validation or test (default: train).
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from transformers.utils import logging
 
-from .schema import FEATURES, Report, check_rows, decode, make_row, read_csv
+from ..files import write_text
+from .checks import Report, check_rows
+from .reading import decode, read_csv
+from .row import COLUMNS, Row, make_row
 
 logger = logging.get_logger(__name__)
 _AUDIO, _TEXT = ("audio", "file", "path"), ("transcript", "text")
 
 
-def read(root: Path, report: Report) -> Iterator[dict]:
-    """Rows as the metadata says them.
-
-    Raises:
-        FileNotFoundError: neither `metadata.jsonl` nor `metadata.csv`.
-        ValueError: a line is no JSON object, has neither audio nor text, or a value that the schema refuses.
-    """
-    tables = [root / name for name in ("metadata.jsonl", "metadata.csv") if (root / name).is_file()]
-    if not tables:
+def read(root: Path, report: Report) -> Iterator[Row]:
+    """Rows of the metadata. A line without audio and text, or with a value that `make_row` refuses, is a ValueError."""
+    table = next((root / name for name in ("metadata.jsonl", "metadata.csv") if (root / name).is_file()), None)
+    if table is None:
         raise FileNotFoundError(f"{root} holds neither metadata.jsonl nor metadata.csv.")
-    records = _json_lines(tables[0]) if tables[0].suffix == ".jsonl" else enumerate(read_csv(tables[0], ()), 2)
-    for number, record in records:
+    for number, record in _json_lines(table) if table.suffix == ".jsonl" else enumerate(read_csv(table, ()), 2):
         file = next((record[k] for k in _AUDIO if record.get(k)), None)
         text = next((record[k] for k in _TEXT if record.get(k)), None)
         if file is None and text is None:
-            raise ValueError(f"{tables[0]}, line {number}: names no audio file ({', '.join(_AUDIO)}) and no text.")
-        known = {k: v for k, v in record.items() if k in FEATURES}
+            raise ValueError(f"{table}, line {number}: names no audio file ({', '.join(_AUDIO)}) and no text.")
+        known = {k: v for k, v in record.items() if k in COLUMNS}
         known |= {"audio": None if file is None else str(root / file), "transcript": text}
         known |= {k: known.get(k) or v for k, v in {"corpus": root.name, "split": "train"}.items()}
         known["id"] = known.get("id") or f"{known['corpus']}/{file or number}"
         try:
             yield make_row(**known)
         except ValueError as error:
-            raise ValueError(f"{tables[0]}, line {number}: {error}") from None
+            raise ValueError(f"{table}, line {number}: {error}") from None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
             try:
-                record = json.loads(decode(line))
+                record = json.loads(decode(line)) if line.strip() else None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
-            if not isinstance(record, dict):
+            if isinstance(record, dict):
+                yield number, record
+            elif line.strip():
                 raise ValueError(f"{path}, line {number}: {line.strip()[:60]!r} is no JSON object.")
-            yield number, record
 
 
-def read_folder(root: str | Path, allow_missing_audio: bool = False) -> list[dict]:
-    """The checked rows of a folder; what was left out is logged."""
+def read_folder(root: str | Path, allow_missing_audio: bool = False) -> list[Row]:
+    """The checked rows of a folder. Rows that are left out are logged."""
     report = Report()
     rows = list(check_rows(read(Path(root), report), report, allow_missing_audio))
     if report:
         logger.warning(f"{root}: {report}")
     return rows
+
+
+def write_metadata(records: Iterable[dict], root: Path) -> Path:
+    """Writes the `metadata.jsonl` of a folder and returns its path."""
+    path = root / "metadata.jsonl"
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return path

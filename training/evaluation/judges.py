@@ -1,237 +1,226 @@
-"""LLM judges of conversations (the paper's Table IV): any causal LM, or any OpenAI-style endpoint.
+"""LLM judges of conversations (paper, Table IV): any causal LM, or any OpenAI-compatible endpoint.
 
-Every call is kept in a journal, so that nothing is lost to a kill, a time-out or a bad answer. Controls (a reply to another
-conversation, an empty one) are judged with the rest: a judge that does not score them lower says nothing.
+A journal keeps every answer, so that an interrupted run goes on. Two controls are judged with the replies: a reply to another
+conversation, and an empty one. A judge that does not score them lower is useless.
 """
 
 import json
+import os
 import random
 import re
-import time
-from typing import Protocol
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from ..attributes import describe
-from ..journal import Journal
-from .suites import ASSET
+from ..corpora.row import Row
+from ..files import Journal
+from .context import ASSET
+from .systems import batched
 
-ATTEMPTS = 3
+ATTEMPTS, MAX_NEW_TOKENS = 3, 256
 CONTROLS = ("control: another reply", "control: empty reply")
 EMPTY = "..."
 
 
 class Judge(Protocol):
-    """Text -> text."""
+    """Answers prompts."""
 
     name: str
 
     def complete(self, prompts: list[str], seed: int) -> list[str | None]:
-        """An answer to each prompt; `None` where none came. `seed` 0 is greedy, others draw."""
+        """An answer to each prompt; `None` if none came. Seed 0 is greedy, other seeds sample."""
+        ...
 
 
 class LocalJudge:
     """A causal LM of transformers, by Hub id, folder or the name of a pip-hosted backbone."""
 
-    def __init__(self, name: str, dtype: str = "auto", device: str = "cpu", max_new_tokens: int = 256):
+    def __init__(self, name: str, dtype: str = "auto", device: str = "cpu"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from ...modeling_dual_slm import name_in_errors, resolve_backbone
+        from ...backbones_dual_slm import name_in_errors, resolve_backbone
 
-        self.name, self.max_new_tokens = name, max_new_tokens
+        self.name = name
         with name_in_errors(name):
             folder = resolve_backbone(name)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
+            self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        self.model.to(device)
 
     def complete(self, prompts: list[str], seed: int) -> list[str | None]:
         import torch
 
-        texts = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
-            for prompt in prompts
-        ]
+        talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = self.tokenizer.apply_chat_template(talks, add_generation_prompt=True, tokenize=False)
         inputs = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         torch.manual_seed(seed)
         options = {"do_sample": True, "temperature": 0.7} if seed else {"do_sample": False}
         with torch.inference_mode():
-            output = self.model.generate(**inputs.to(self.model.device), max_new_tokens=self.max_new_tokens, **options)
+            output = self.model.generate(**inputs.to(self.model.device), max_new_tokens=MAX_NEW_TOKENS, **options)
         return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 class RemoteJudge:
-    """An OpenAI-style endpoint (vLLM, llama.cpp, `transformers serve`, a provider): `http://host:port/v1#model`.
+    """An OpenAI-compatible endpoint (vLLM, llama.cpp, `transformers serve`, a provider): `http://host:port/v1#model`.
 
-    The key is $OPENAI_API_KEY. Time-outs, 429 and 5xx are tried again with growing pauses; then the answer is `None`. If
-    nobody has answered anything by then, not even with an error, it is a `ConnectionError`.
+    The environment variable OPENAI_API_KEY holds the key. The client retries time-outs, 429 and 5xx with growing pauses.
 
     Args:
-        patience: seconds that the first pause takes.
+        timeout: of one request, in seconds.
+
+    Raises:
+        ValueError: the URL names no model, or the endpoint refuses the request.
+        ConnectionError: the endpoint has never answered, not even with an error.
     """
 
-    def __init__(self, url: str, timeout: float = 120.0, attempts: int = 5, patience: float = 1.0):
-        import os
+    def __init__(self, url: str, timeout: float = 120.0, max_retries: int = 4):
+        import openai
 
-        from huggingface_hub import InferenceClient
-
-        base, _, model = url.partition("#")
-        if not model:
+        base, _, self.model = url.partition("#")
+        if not self.model:
             raise ValueError(f"{url}: name the model behind a #, for example http://localhost:8000/v1#my-model.")
-        self.name, self.model = url, model
-        self.attempts, self.patience = attempts, patience
-        self.reached = False
-        self.client = InferenceClient(base_url=base, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=timeout)
+        self.name, self.reached = url, False
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        self.client = openai.OpenAI(base_url=base, api_key=key, timeout=timeout, max_retries=max_retries)
 
     def complete(self, prompts: list[str], seed: int) -> list[str | None]:
         return [self._ask(prompt, seed) for prompt in prompts]
 
     def _ask(self, prompt: str, seed: int) -> str | None:
-        failure = None
-        for attempt in range(self.attempts):
-            if attempt:
-                time.sleep(self.patience * 2 ** (attempt - 1))
-            try:
-                answer = self.client.chat_completion(
-                    [{"role": "user", "content": prompt}],
-                    model=self.model,
-                    max_tokens=256,
-                    temperature=0.7 if seed else 0.0,
-                    seed=seed,
-                )
-                self.reached = True
-                return answer.choices[0].message.content or ""
-            except Exception as error:
-                status = getattr(getattr(error, "response", None), "status_code", None)
-                if status is not None and status < 500 and status not in (408, 409, 429):
-                    raise ValueError(f"the judge {self.name} refuses with status {status}: {error}") from error
-                # Time-outs, broken connections, 429, 5xx and answers that are no JSON: again, a little later.
-                self.reached, failure = self.reached or status is not None, error
-        if not self.reached:
-            raise ConnectionError(f"the judge {self.name} cannot be reached: {failure}")
-        return None
+        import openai
+
+        messages: Any = [{"role": "user", "content": prompt}]
+        options = {"max_tokens": MAX_NEW_TOKENS, "temperature": 0.7 if seed else 0.0, "seed": seed}
+        try:
+            answer = self.client.chat.completions.create(messages=messages, model=self.model, **options)
+        except openai.APIStatusError as error:
+            self.reached = True
+            if error.status_code < 500 and error.status_code not in (408, 409, 429):
+                raise ValueError(f"the judge {self.name} refuses with status {error.status_code}: {error}") from error
+            return None
+        except openai.APIConnectionError as error:
+            if not self.reached:
+                cause = error.__cause__ or error
+                raise ConnectionError(f"the judge {self.name} cannot be reached: {cause}") from error
+            return None
+        except ValueError:  # the body is no JSON
+            answer = None
+        self.reached = True
+        choices = getattr(answer, "choices", None)  # the client returns other bodies as they are
+        return (choices[0].message.content or "") if choices else None
 
 
-def load_judge(name: str, **options) -> Judge:
-    """A URL with a model behind a #, or a causal LM."""
-    return RemoteJudge(name) if "://" in name else LocalJudge(name, **options)
+def load_judge(name: str, dtype: str = "auto", device: str = "cpu") -> Judge:
+    """Loads a causal LM; a URL with a model behind a # is an endpoint."""
+    return RemoteJudge(name) if "://" in name else LocalJudge(name, dtype, device)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Prompts and answers
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def prompt_for(about: dict, conversation: dict, replies: dict[str, str]) -> str:
-    """One judge's prompt for numbered replies to a conversation (`history`, `turn`, `style`)."""
-    history = "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in conversation["history"])
-    numbered = "\n".join(f"Response {number}: {reply}" for number, reply in replies.items())
-    return about["prompt"].format(
+def prompt_for(scale: dict[str, Any], row: Row, replies: dict[str, str]) -> str:
+    """The prompt of a scale for numbered replies to the turn of a row."""
+    history = "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in row.history)
+    caption = row.caption or describe(row, random.Random(f"caption/{row.id}")) or ""  # for a judge that reads
+    return scale["prompt"].format(
         history=history or "(nothing yet)",
-        turn=conversation["turn"],
-        style=conversation["style"] or "in an unknown tone",
+        turn=row.transcript,
+        style=re.sub(r"^[(\[]|[)\]]$", "", caption).strip() or "in an unknown tone",
         reply=next(iter(replies.values())),
-        replies=numbered,
+        replies="\n".join(f"Response {number}: {reply}" for number, reply in replies.items()),
     )
 
 
-def parse_scores(answer: str | None, about: dict, numbers: list[str]) -> dict[str, dict[str, float]] | None:
-    """Scores of each numbered reply; `None` unless the answer holds exactly one JSON object with every criterion of every
-    reply as a number within the scale."""
-    if answer is None:
-        return None
-    start, end = answer.find("{"), answer.rfind("}")
-    try:
-        value = json.loads(answer[start : end + 1])
-    except ValueError:
-        return None
-    if not isinstance(value, dict):
-        return None
-    if not about["together"]:
-        value = {numbers[0]: value}
-    low, high = about["scale"]
-    result = {}
-    for number in numbers:
-        scores = value.get(number)
-        if not isinstance(scores, dict):
-            return None
-        found = [scores.get(criterion) for criterion in about["criteria"]]
-        if any(isinstance(s, bool) or not isinstance(s, (int, float)) or not low <= s <= high for s in found):
-            return None
-        result[number] = dict(zip(about["criteria"], map(float, found), strict=True))
-    return result
-
-
-def style_of(row: dict) -> str:
-    """How a turn is said, for a judge who reads: the row's caption, or its labels in words."""
-    caption = row["caption"] or describe(row, random.Random(f"caption/{row['id']}")) or ""
-    return re.sub(r"^[(\[]|[)\]]$", "", caption).strip()
-
-
-def judge(
-    judge: Judge,
-    records: list[dict],
-    rows: dict[tuple[str, str], dict],
-    journal: Journal,
-    seed: int = 0,
-    batch_size: int = 16,
-) -> list[dict]:
-    """Scores of the replies of a conversation suite and of two controls for each conversation.
-
-    Args:
-        records: of the suite `conversation`.
-        rows: (corpus, id) -> row.
-        journal: answers so far.
+def parse_scores(answer: str | None, scale: dict[str, Any], numbers: list[str]) -> dict[str, dict[str, float]] | None:
+    """Scores of each numbered reply.
 
     Returns:
-        Records with `judge`, `condition`, `metric` ("CS content" ...) and `value`, `None` where no answer could be parsed.
+        `None` unless the answer holds exactly one JSON object with every criterion of every reply as a number within
+        the scale.
     """
-    talks: dict[tuple[str, str], dict[str, str]] = {}
-    owner = {}
+    answer = answer or ""
+    try:
+        value = json.loads(answer[answer.find("{") : answer.rfind("}") + 1])
+        value = value if scale["together"] else {numbers[0]: value}
+        scores = {n: {criterion: value[n][criterion] for criterion in scale["criteria"]} for n in numbers}
+    except (ValueError, KeyError, TypeError):
+        return None
+    low, high = scale["scale"]
+    for found in scores.values():
+        if any(type(score) not in (int, float) or not low <= score <= high for score in found.values()):
+            return None
+    return {number: {name: float(score) for name, score in found.items()} for number, found in scores.items()}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt of a judge."""
+
+    key: str  # of the journal, without the number of the attempt
+    scale: str  # CS or EGS
+    talk: tuple[str, str]  # (corpus, id) of the conversation
+    conditions: list[str]  # of the replies, in the order of the prompt
+    prompt: str
+
+
+def make_jobs(judge: Judge, records: list[dict], rows: dict[tuple[str, str], Row], seed: int) -> list[Job]:
+    """All prompts for the replies and the controls of each conversation."""
+    talks: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for record in records:
-        talks.setdefault((record["corpus"], record["id"]), {})[record["condition"]] = record["reply"]
-        owner[record["corpus"], record["id"]] = record
+        talks[record["corpus"], record["id"]][record["condition"]] = record["reply"]
     names = sorted(talks)
-    for place, name in enumerate(names):
-        if len(names) > 1:
-            talks[name][CONTROLS[0]] = next(iter(talks[names[(place + 1) % len(names)]].values()))
+    for name, other in zip(names, [*names[1:], *names[:1]], strict=True):
+        if name != other:
+            talks[name][CONTROLS[0]] = next(iter(talks[other].values()))
         talks[name][CONTROLS[1]] = EMPTY
     jobs = []
     for scale, about in ASSET["judges"].items():
         for name in names:
-            row = rows[name]
-            talk = {"history": row["history"], "turn": row["transcript"], "style": style_of(row)}
             order = list(talks[name])
             random.Random(f"{seed}/{name}").shuffle(order)  # no system is always read first
             for group in [order] if about["together"] else [[condition] for condition in order]:
                 numbered = {str(n): talks[name][condition] or EMPTY for n, condition in enumerate(group, 1)}
                 key = f"{judge.name}/{ASSET['version']}/{scale}/{'/'.join(name)}/{'|'.join(group)}"
-                jobs.append((key, scale, name, group, prompt_for(about, talk, numbered)))
-    scores: dict[str, dict | None] = {}
+                jobs.append(Job(key, scale, name, group, prompt_for(about, rows[name], numbered)))
+    return jobs
 
-    def read(attempt: int) -> None:
-        for key, scale, _, group, _ in jobs:
-            if scores.get(key) is None:
-                answer = journal.values.get(f"{key}#{attempt}")
-                scores[key] = parse_scores(answer, ASSET["judges"][scale], [str(n + 1) for n in range(len(group))])
+
+def judge(
+    judge: Judge, records: list[dict], rows: dict[tuple[str, str], Row], journal: Journal, seed: int = 0
+) -> list[dict]:
+    """Scores the replies of the suite `conversation`, and two controls for each conversation.
+
+    An answer that cannot be parsed is asked for again, up to `ATTEMPTS` times.
+
+    Args:
+        rows: by (corpus, id).
+        journal: the answers of this run and of earlier ones.
+
+    Returns:
+        Records with `judge`, `condition`, `metric` ("CS content" ...) and `value`: `None` if no answer could be parsed.
+    """
+    jobs = make_jobs(judge, records, rows, seed)
+
+    def scores(job: Job) -> dict[str, dict[str, float]] | None:
+        answers = (journal.values.get(f"{job.key}#{attempt}") for attempt in range(ATTEMPTS))
+        numbers = [str(number + 1) for number in range(len(job.conditions))]
+        parsed = (parse_scores(answer, ASSET["judges"][job.scale], numbers) for answer in answers)
+        return next(filter(None, parsed), None)
 
     for attempt in range(ATTEMPTS):
-        read(attempt)  # what an earlier run was told
-    for attempt in range(ATTEMPTS):
-        todo = [j for j in jobs if scores[j[0]] is None and f"{j[0]}#{attempt}" not in journal.values]
-        for start in tqdm(range(0, len(todo), batch_size), desc=f"judge, attempt {attempt + 1}", unit=" batches"):
-            part = todo[start : start + batch_size]
-            answers = judge.complete([job[4] for job in part], seed=attempt)
-            answered = {f"{j[0]}#{attempt}": a for j, a in zip(part, answers, strict=True) if a is not None}
-            journal.add(answered)  # what did not come is asked for again by the next run
-        read(attempt)
+        todo = [job for job in jobs if f"{job.key}#{attempt}" not in journal.values and scores(job) is None]
+        for part in tqdm(batched(todo, 16), desc=f"judge, attempt {attempt + 1}", unit=" batches"):
+            answers = judge.complete([job.prompt for job in part], seed=attempt)
+            # The next run asks again for an answer that did not come.
+            journal.add({f"{j.key}#{attempt}": a for j, a in zip(part, answers, strict=True) if a is not None})
+    speakers = {(record["corpus"], record["id"]): record["speaker"] for record in records}
     found = []
-    for key, scale, name, group, _ in jobs:
-        for number, condition in enumerate(group, 1):
-            for criterion in ASSET["judges"][scale]["criteria"]:
-                value = None if scores[key] is None else scores[key][str(number)][criterion]
-                record = {"suite": "conversation", "task": "dialogue", "judge": judge.name, "condition": condition}
-                record |= {"corpus": name[0], "id": name[1], "speaker": owner[name]["speaker"]}
-                found.append(record | {"metric": f"{scale} {criterion}", "value": value})
+    for job in jobs:
+        parsed, (corpus, name) = scores(job), job.talk
+        for number, condition in enumerate(job.conditions, 1):
+            entry = {"suite": "conversation", "task": "dialogue", "judge": judge.name, "condition": condition}
+            entry |= {"corpus": corpus, "id": name, "speaker": speakers[job.talk]}
+            for criterion in ASSET["judges"][job.scale]["criteria"]:
+                value = parsed and parsed[str(number)][criterion]
+                found.append(entry | {"metric": f"{job.scale} {criterion}", "value": value})
     return found

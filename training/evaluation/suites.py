@@ -1,384 +1,170 @@
-"""The suites: what is asked, and what the replies are held to.
+"""The suites: each makes the queries of one question, from an [`EvaluationContext`].
 
-hearing         what the branches hear before the LLM, of every clip: no reply is asked for
-asr             the paper's Table III, with the cascade and the true text beside it
-attributes      its Table I, with pitch within gender and emotion at equal loudness
-meld            its Table II
-conversation    its Table IV (judges.py)
-disentanglement both branches, one, none; the swap test (the voice of one clip, the words of another)
-style           the same words said in two emotions: whether the replies differ, by a classifier of the text twins' replies
-context         the same turn, and its text twin, after 0 to 12 turns; facts told in text and asked for by voice; instructions
+hearing         what the adapters hear in every clip, before the LLM; no reply is asked for
+asr             paper, Table III; beside it the cascade and the reference transcript
+attributes      paper, Table I; also pitch within each gender, and emotion at equal loudness
+meld            paper, Table II
+conversation    paper, Table IV (judges.py)
+disentanglement both branches, one, or none; and the swap test: the voice of one clip, the words of another
+style           the same words in two emotions: a classifier tells whether the replies differ
+context         the same turn after 0 to 12 earlier turns, as speech and as text; facts and instructions
 """
 
 import random
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
-import yaml
-
-from ..attributes import MEASURED, Thresholds, classify
-from ..backbones import ASSETS
-from ..corpora.schema import share
+from ..corpora.row import Row
+from ..files import ASSETS
+from ..labels import ATTRIBUTES
 from ..prompts import PROMPTS
-from ..tasks import ATTRIBUTES, Sample, make_sample, parse_transcript, tasks_of
-from ..warm_start import nothing_said
-from .metrics import score, word_errors
-from .systems import CONDITIONS, Query
+from ..tasks import Message, Sample
+from .context import ASSET, EvaluationContext, lowered
+from .systems import Query
 
-ASSET = yaml.safe_load((ASSETS / "evaluation.yaml").read_text(encoding="utf-8"))
 SMALL_TALK = (ASSETS / "small_talk.txt").read_text(encoding="utf-8").splitlines()
 TURNS = (0, 2, 6, 12)
-LOUDNESS = 0.05  # RMS that clips are brought to where loudness must not tell the emotion
-SILENCE = "no speech, nothing heard"  # clips that say nothing: silence, noise, music
+LOUDNESS = 0.05  # mean RMS of the clips at equal loudness, where loudness cannot tell the emotion
 EQUAL = ", equal loudness"
 STYLES = ("happy", "sad")
 TAUGHT = ", training speakers"
-LIMITS = {"context": 24, "conversation": 48, "style": 128}  # rows of a corpus and task, where a suite is costly
-MAX_NEW_TOKENS = {"dialogue": 80}  # others: see `_room`
+LIMITS = {"context": 24, "conversation": 48, "style": 128}  # rows of a corpus and task, for costly suites
 
 
-@dataclass
-class Bench:
-    """What the suites draw from.
-
-    Args:
-        rows: with audio, or with text alone; of the split that is evaluated.
-        choices: as `tasks.label_sets` of the whole tables.
-        conditions: that the system can be asked under.
-        transcribe: row -> what Whisper's own decoder heard, for the cascade; `None` where there is none.
-        speak: sentence -> a row that says it; `None` where no voice is installed.
-        limit: rows of a corpus and task.
-        seed: of every draw.
-        words_as_text: the system has no linguistic adapter: its linguistic branch is the transcript.
-        facts: attributes that prompts tell in words.
-        tasks: that the system was made for; others are not asked.
-        train: rows of the training split: probes and the classifier of `style` learn from them.
-    """
-
-    rows: list[dict]
-    choices: dict[tuple[str, str], list[str]]
-    conditions: tuple[str, ...]
-    transcribe: Callable[[dict], str] | None = None
-    speak: Callable[[str], dict] | None = None
-    limit: int | None = None
-    seed: int = 0
-    words_as_text: bool = False
-    facts: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ("asr", *ATTRIBUTES)
-    train: list[dict] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def take(self, task: str, limit: int | None = None, fit: Callable[[dict], bool] = bool) -> list[dict]:
-        """Rows of a task, in an order that (seed, id) draws; at most `limit` of each corpus."""
-        limits = [n for n in (limit, self.limit) if n is not None]
-        taken: dict[str, int] = defaultdict(int)
-        found = []
-        for row in sorted(self.rows, key=lambda row: share(row["id"], self.seed)):
-            if task in tasks_of(row) and fit(row) and (not limits or taken[row["corpus"]] < min(limits)):
-                taken[row["corpus"]] += 1
-                found.append(row)
-        return found
-
-    def clips(self, task: str, limit: int | None = None) -> list[dict]:
-        """Rows with audio of a task that the system knows; for words, of corpora that have more than a handful of
-        sentences."""
-        if task not in self.tasks:
-            return []
-        if task != "asr":
-            return self.take(task, limit, lambda row: row["audio"] is not None)
-        texts = defaultdict(list)
-        for row in self.rows:
-            if row["transcript"] and row["audio"] and not nothing_said(row["transcript"]):
-                texts[row["corpus"]].append(normal(row))
-        able = {corpus for corpus, said in texts.items() if len(set(said)) > len(said) / 4}
-        for corpus in sorted(set(texts) - able):
-            self.notes.append(f"{corpus} has a handful of sentences and says nothing about words.")
-        return self.take(
-            task, limit, lambda r: r["audio"] is not None and r["corpus"] in able and not nothing_said(r["transcript"])
-        )
-
-    def silent_clips(self) -> list[dict]:
-        """Rows whose transcript says that nobody speaks."""
-        return self.take("asr", fit=lambda row: row["audio"] is not None and nothing_said(row["transcript"]))
-
-    def query(self, suite: str, condition: str, sample: Sample, row: dict, voice: dict | None = None) -> Query | None:
-        """The sample under a condition; `None` where the row or the system cannot be asked so."""
-        base = condition.split(",")[0]
-        how, what = CONDITIONS["P&L" if base == "swap" else base]
-        if base not in self.conditions and base != "swap":
-            return None
-        if self.words_as_text and what == "speech":
-            what = "transcript"
-            if base == "swap" and voice is not None:  # the words of the other clip, as text
-                sample = _with_words(sample, row)
-        *earlier, turn = sample.messages
-        content = []
-        for part in turn["content"]:
-            if part["type"] == "audio":
-                if base == "cascade":
-                    heard = self.transcribe(row) if self.transcribe and row["audio"] else None
-                    if heard is None:
-                        return None
-                    part = part | {"transcript": heard}
-                    what = "transcript" if heard.strip() else "none"
-                if "speech" in (how, what) and row["audio"] is None:
-                    return None
-                if (how == "caption" and not part.get("caption")) or (
-                    what == "transcript" and not part.get("transcript")
-                ):
-                    return None
-                part = part | {"paralinguistic": how, "linguistic": what}
-            content.append(part)
-        sample = replace(sample, messages=[*earlier, turn | {"content": content}])
-        return Query(suite, condition, sample, row, voice or row, _room(sample))
-
-    def sample(self, row: dict, task: str) -> Sample:
-        return make_sample(row, task, self.choices, self.seed, facts=self.facts)
-
-    def queries(self, suite: str, conditions: Iterable[str], task: str, rows: list[dict]) -> Iterator[Query]:
-        for row in rows:
-            sample = self.sample(row, task)
-            found = (self.query(suite, condition, sample, row) for condition in conditions)
-            yield from (query for query in found if query is not None)
+def asr(
+    context: EvaluationContext, suite: str = "asr", conditions: tuple[str, ...] = ("P&L", "L only", "cascade", "text")
+) -> list[Query]:
+    return list(context.queries(suite, conditions, "asr", context.clips("asr")))
 
 
-def _with_words(sample: Sample, row: dict) -> Sample:
-    *earlier, turn = sample.messages
-    content = [p | {"transcript": row["transcript"]} if p["type"] == "audio" else p for p in turn["content"]]
-    return replace(sample, messages=[*earlier, turn | {"content": content}])
-
-
-def _room(sample: Sample) -> int:
-    """Tokens that a reply may take: for words about twice of what the fastest speech needs."""
-    if sample.task == "asr":
-        return 24 + int(8 * (sample.duration or 5.0)) // 16 * 16
-    return MAX_NEW_TOKENS.get(sample.task, 24)
-
-
-def relabel(row: dict, thresholds: Thresholds | None) -> dict:
-    """The row with pitch, energy and tempo by a checkpoint's own borders, where the table has what was measured."""
-    if thresholds is None:
-        return row
-    found = classify({name: row[column] for name, column in MEASURED.items()}, thresholds)
-    return row | {name: label for name, label in found.items() if label and row[name]}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Suites: bench -> queries
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def asr(bench: Bench, suite: str = "asr", conditions=("P&L", "L only", "cascade", "text")) -> list[Query]:
-    return list(bench.queries(suite, conditions, "asr", bench.clips("asr")))
-
-
-def attributes(bench: Bench, suite: str = "attributes", conditions=("P&L", "P only")) -> list[Query]:
-    found = []
+def attributes(
+    context: EvaluationContext, suite: str = "attributes", conditions: tuple[str, ...] = ("P&L", "P only")
+) -> list[Query]:
+    found: list[Query] = []
     for task in ATTRIBUTES:
-        rows = [row for row in bench.clips(task) if row["corpus"] != "meld"]
-        found += bench.queries(suite, conditions, task, rows)
+        rows = [row for row in context.clips(task) if row.corpus != "meld"]
+        queries = list(context.queries(suite, conditions, task, rows))
+        found += queries
         if task == "emotion" and suite == "attributes":
-            for query in bench.queries(suite, conditions, task, rows):
-                level = query.row | {"loudness": LOUDNESS}
+            for query in queries:
+                level = at_equal_loudness(query.row)
                 found.append(replace(query, condition=query.condition + EQUAL, row=level, voice=level))
     return found
 
 
-def meld(bench: Bench) -> list[Query]:
-    rows = bench.take("emotion", fit=lambda row: row["corpus"] == "meld")
-    return list(bench.queries("meld", ("P&L", "P only", "L only", "text"), "emotion", rows))
+def at_equal_loudness(row: Row) -> Row:
+    return row.replace(variant=replace(row.variant, loudness=LOUDNESS))
 
 
-def conversation(bench: Bench) -> list[Query]:
-    """Dialogues where there are any; else single turns with an emotion, else any spoken turn."""
-    said = [row for row in bench.rows if row["transcript"]]
-    rows = [row for row in said if row["history"] or row["response"]]
-    rows = rows or [row for row in said if row["emotion"]] or said
-    chosen = replace(bench, rows=[row | {"response": row["response"] or "(open)"} for row in rows])
+def meld(context: EvaluationContext) -> list[Query]:
+    rows = context.take("emotion", fit=lambda row: row.corpus == "meld")
+    return list(context.queries("meld", ("P&L", "P only", "L only", "text"), "emotion", rows))
+
+
+def conversation(context: EvaluationContext) -> list[Query]:
+    """Dialogues if there are any, else single turns with an emotion, else any spoken turns."""
+    said = [row for row in context.rows if row.transcript]
+    rows = [row for row in said if row.history or row.response] or [row for row in said if row.emotion] or said
+    chosen = replace(context, rows=[row.replace(response=row.response or "(open)") for row in rows])
+    conditions = ("P&L", "L only", "text", "caption and text", "cascade")
     rows = chosen.take("dialogue", LIMITS["conversation"])
-    return list(
-        chosen.queries("conversation", ("P&L", "L only", "text", "caption and text", "cascade"), "dialogue", rows)
-    )
+    return list(chosen.queries("conversation", conditions, "dialogue", rows))
 
 
-def disentanglement(bench: Bench) -> list[Query]:
+def disentanglement(context: EvaluationContext) -> list[Query]:
     name, conditions = "disentanglement", ("P&L", "P only", "L only", "none")
-    found = asr(bench, name, conditions) + attributes(bench, name, conditions)
-    if "P only" not in bench.conditions:
-        bench.notes.append("the system has no branches: no swap test.")
+    found = asr(context, name, conditions) + attributes(context, name, conditions)
+    if "P only" not in context.conditions:
+        context.notes.append("the system has no branches: no swap test.")
         return found
-    others = [row for row in bench.rows if row["audio"] and row["transcript"]]
+    others = [row for row in context.rows if row.audio and row.transcript]
     for task in ("asr", *ATTRIBUTES):
-        for row in bench.clips(task):
-            # The row has what the reply must follow. The other branch hears another speaker's clip, one that differs in it.
-            unlike = [r for r in others if r["speaker"] != row["speaker"] and _differs(r, row, task)]
-            if not unlike:
-                continue
-            other = random.Random(f"{bench.seed}/swap/{task}/{row['id']}").choice(unlike)
-            words, voice = (row, other) if task == "asr" else (other, row)
-            query = bench.query(name, "swap", bench.sample(row, task), words, voice)
-            found += [query] if query else []
+        for row in context.clips(task):
+            # The reply must follow `row`. The other branch hears another speaker's clip with another answer.
+            unlike = [other for other in others if other.speaker != row.speaker and _differs(other, row, task)]
+            if unlike:
+                other = random.Random(f"{context.seed}/swap/{task}/{row.id}").choice(unlike)
+                words, voice = (row, other) if task == "asr" else (other, row)
+                found += context.ask(name, ["swap"], context.sample(row, task), words, voice)
     return found
 
 
-def _differs(a: dict, b: dict, task: str) -> bool:
-    return normal(a) != normal(b) if task == "asr" else a[task] not in (None, b[task])
+def _differs(first: Row, second: Row, task: str) -> bool:
+    if task == "asr":
+        return lowered(first) != lowered(second)
+    return first.label(task) not in (None, second.label(task))
 
 
-def normal(row: dict) -> str:
-    return (row["transcript"] or "").lower()
+def context(context: EvaluationContext) -> list[Query]:
+    return [*_late_turns(context), *_instructions(context), *_facts(context)]
 
 
-def context(bench: Bench) -> list[Query]:
-    found = []
+def _late_turns(context: EvaluationContext) -> Iterator[Query]:
+    """ASR and attributes after several turns of small talk. "caption and text" shows what the LLM can do by itself."""
     for task in ("asr", *ATTRIBUTES):
-        for row in bench.clips(task, LIMITS["context"]):
-            sample = bench.sample(row | {"history": []}, task)
+        for row in context.clips(task, LIMITS["context"]):
+            sample = context.sample(row.replace(history=[]), task)
+            *earlier, turn = sample.messages
             for turns in TURNS:
-                late = after(sample, small_talk(turns))
-                for condition in ("P&L", "caption and text"):  # the second: what the LLM can do by itself
-                    query = bench.query("context", f"{condition}, after {turns} turns", late, row)
-                    found += [query] if query else []
-    rows = bench.clips("asr", LIMITS["context"])
-    for number, row in enumerate(rows):
+                late = replace(sample, messages=[*earlier, *_alternate(SMALL_TALK[:turns]), turn])
+                conditions = [f"{condition}, after {turns} turns" for condition in ("P&L", "caption and text")]
+                yield from context.ask("context", conditions, late, row)
+
+
+def _instructions(context: EvaluationContext) -> Iterator[Query]:
+    """System prompts; a regular expression tells from the reply whether it follows them."""
+    for number, row in enumerate(context.clips("asr", LIMITS["context"])):
         asked = ASSET["instructions"][number % len(ASSET["instructions"])]
-        part = {"type": "audio", "path": row["audio"], "transcript": row["transcript"]}
-        messages = [{"role": "system", "content": asked["text"]}, {"role": "user", "content": [part]}]
-        sample = Sample(row["id"], "instruction", messages, asked["kept"], duration=row["duration"])
-        for condition in ("P&L", "text"):
-            query = bench.query("context", condition, sample, row)
-            found += [replace(query, max_new_tokens=48)] if query else []
-    if bench.speak is None:
-        bench.notes.append("facts were not asked for: no voice is installed (pip install piper-tts).")
-        return found
+        messages = [{"role": "system", "content": asked["text"]}]
+        yield from _open_question(context, row, "instruction", messages, asked["kept"])
+
+
+def _facts(context: EvaluationContext) -> Iterator[Query]:
+    """Facts that the user tells in text, then small talk, then a spoken question about the fact."""
+    if context.speak is None:
+        context.notes.append("facts were not asked for: no voice is installed (pip install piper-tts).")
+        return
     for fact in ASSET["facts"]:
-        row = bench.speak(fact["question"])
-        part = {"type": "audio", "path": row["audio"], "transcript": row["transcript"]}
-        told = [
-            {"role": "user", "content": fact["told"]},
-            {"role": "assistant", "content": ASSET["fact_thanks"]},
-            *small_talk(6),
-        ]
-        messages = [*told, {"role": "user", "content": [part]}]
-        sample = Sample(row["id"], "fact", messages, fact["answer"], duration=row["duration"])
-        for condition in ("P&L", "text"):
-            query = bench.query("context", condition, sample, row)
-            found += [replace(query, max_new_tokens=48)] if query else []
-    return found
+        told = _alternate([fact["told"], ASSET["fact_thanks"], *SMALL_TALK[:6]])
+        yield from _open_question(context, context.speak(fact["question"]), "fact", told, fact["answer"])
 
 
-def style(bench: Bench) -> list[Query]:
-    """Replies to clips that say the same words in one of two emotions, and to the text twins of training clips."""
-    said: dict[tuple, set] = defaultdict(set)
-    for row in bench.rows:
-        if row["audio"] and row["transcript"] and row["emotion"] in STYLES:
-            said[row["corpus"], normal(row)].add(row["emotion"])
-    able = {place for place, emotions in said.items() if len(emotions) == len(STYLES)}
+def _alternate(texts: list[str]) -> list[Message]:
+    """A conversation of these texts; the user begins."""
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+def _open_question(
+    context: EvaluationContext, row: Row, task: str, earlier: list[Message], target: str
+) -> Iterator[Query]:
+    """The row's words after earlier messages, as speech and as text; `target` is a regular expression."""
+    part = {"type": "audio", "path": row.audio, "transcript": row.transcript}
+    sample = Sample(row.id, task, [*earlier, {"role": "user", "content": [part]}], target, duration=row.duration)
+    for query in context.ask("context", ("P&L", "text"), sample, row):
+        yield replace(query, max_new_tokens=48)
+
+
+def style(context: EvaluationContext) -> list[Query]:
+    """Replies to clips with the same words in one of two emotions, and to the training clips as text."""
+    said = {(row.corpus, lowered(row), row.emotion) for row in context.rows if row.audio and row.transcript}
+    able = {(corpus, words) for corpus, words, _ in said if said.issuperset((corpus, words, e) for e in STYLES)}
     if not able:
-        bench.notes.append(f"style: no words are said in both emotions ({', '.join(STYLES)}).")
+        context.notes.append(f"style: no words are said in both emotions ({', '.join(STYLES)}).")
         return []
-    taught = {row["emotion"] for row in bench.train if (row["corpus"], normal(row)) in able}
-    if not taught.issuperset(STYLES) or "caption and text" not in bench.conditions:
-        bench.notes.append(
-            "style: no training rows, or a system that takes no text, so nothing teaches the classifier."
-        )
+    taught = {row.emotion for row in context.train if (row.corpus, lowered(row)) in able}
+    if not taught.issuperset(STYLES) or "caption and text" not in context.conditions:
+        why = "no training rows, or a system that takes no text, so nothing teaches the classifier."
+        context.notes.append(f"style: {why}")
         return []
     system = PROMPTS["dialogue"]["systems"][0]
-    found = []
-    for rows, conditions in (
-        (bench.rows, ("P&L", "L only", "caption and text")),
-        (bench.train, ("caption and text" + TAUGHT,)),
-    ):
-        rows = [r for r in rows if r["emotion"] in STYLES and r["transcript"] and (r["corpus"], normal(r)) in able]
-        asked = [row | {"history": [], "system": system, "response": "(open)"} for row in rows]
-        chosen = replace(bench, rows=asked).take("dialogue", LIMITS["style"])
-        found += bench.queries("style", conditions, "dialogue", chosen)
+    found, asked = [], ("P&L", "L only", "caption and text")
+    for rows, conditions in ((context.rows, asked), (context.train, ["caption and text" + TAUGHT])):
+        rows = [row for row in rows if row.emotion in STYLES and (row.corpus, lowered(row)) in able]
+        rows = [row.replace(history=[], system=system, response="(open)") for row in rows]
+        chosen = replace(context, rows=rows).take("dialogue", LIMITS["style"])
+        found += context.queries("style", conditions, "dialogue", chosen)
     return [replace(query, max_new_tokens=40) for query in found]
 
 
-def small_talk(turns: int) -> list[dict]:
-    """So many turns about nothing, the user's first and the assistant's last."""
-    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(SMALL_TALK[:turns])]
-
-
-def after(sample: Sample, history: list[dict]) -> Sample:
-    """The sample with a history before its spoken turn."""
-    *earlier, turn = sample.messages
-    return replace(sample, messages=[*earlier, *history, turn])
-
-
-SUITES: dict[str, Callable[[Bench], list[Query]]] = {
-    "hearing": lambda bench: [],
-    "asr": asr,
-    "attributes": attributes,
-    "meld": meld,
-    "conversation": conversation,
-    "disentanglement": disentanglement,
-    "style": style,
-    "context": context,
-}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Replies -> records
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def record(query: Query, reply: str, prompt: str) -> dict:
-    """One line of a suite's JSON Lines."""
-    row, voice, sample = query.row, query.voice, query.sample
-    owner = voice if sample.choices else row  # whom the reply is about
-    kept = {
-        "suite": query.suite,
-        "condition": query.condition.removesuffix(EQUAL),
-        "task": sample.task + (EQUAL if query.condition.endswith(EQUAL) else ""),
-        "corpus": owner["corpus"],
-        "id": owner["id"],
-        "speaker": owner["speaker"] or owner["dialogue"] or owner["id"],
-        "gender": owner["gender"],
-        "audio": owner["audio"],
-        "prompt": prompt,
-        "reply": reply,
-    }
-    if query.condition == "swap":
-        other = row if sample.choices else voice
-        kept["other"] = {"id": other["id"], "label": other.get(sample.task), "transcript": other["transcript"]}
-        if sample.task == "asr":
-            errors, words = word_errors(other["transcript"], parse_transcript(reply))
-            kept["other"] |= {"errors": errors, "words": words}
-    if sample.task in ("fact", "instruction"):
-        flags = re.IGNORECASE if sample.task == "fact" else 0
-        return kept | {"value": float(bool(re.search(sample.target, reply, flags))), "wanted": sample.target}
-    return kept | score(sample, reply, row["transcript"])
-
-
-def direct(
-    rows: list[dict], heard: list[dict], suite: str, condition: str = "heard", only: str | None = None
-) -> Iterator[dict]:
-    """Records of what the branches hear before the LLM: words by CTC, attributes by caption slots. `only` one attribute
-    of clips brought to equal loudness."""
-    for row, item in zip(rows, heard, strict=True):
-        common = {"suite": suite, "condition": condition, "corpus": row["corpus"], "id": row["id"]}
-        common |= {"speaker": row["speaker"] or row["id"], "gender": row["gender"], "audio": row["audio"]}
-        if suite == "asr" and item["heard"] is not None and nothing_said(row["transcript"]):
-            heard = item["heard"].strip()
-            yield common | {"task": SILENCE, "reply": heard, "value": float(not heard), "wanted": row["transcript"]}
-        elif suite == "asr" and item["heard"] is not None:
-            errors, words = word_errors(row["transcript"], item["heard"])
-            said = {"task": "asr", "said": row["transcript"], "heard": item["heard"]}
-            yield common | said | {"reply": item["heard"], "errors": errors, "words": words}
-        if suite == "attributes" and item["attributes"] is not None:
-            for task, probabilities in item["attributes"].items():
-                if row.get(task) in probabilities and only in (None, task):
-                    best = max(probabilities, key=probabilities.get)
-                    said = {"task": task + (EQUAL if only else ""), "label": row[task], "parsed": best}
-                    said |= {"confidence": probabilities[best]}
-                    yield common | said | {"reply": best, "choices": sorted(probabilities)}
-
-
-def output(folder: Path, suite: str) -> Path:
-    """Where a suite's records are written."""
-    return folder / f"{suite}.jsonl"
+SUITES: dict[str, Callable[[EvaluationContext], list[Query]]] = {"hearing": lambda context: []}
+SUITES |= {suite.__name__: suite for suite in (asr, attributes, meld, conversation, disentanglement, style, context)}

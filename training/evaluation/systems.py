@@ -1,26 +1,32 @@
-"""What is evaluated: anything that answers conversations. A checkpoint, a file of replies, another speech LLM.
+"""The systems that can be evaluated: a checkpoint of this package, a file of replies, or another speech LLM.
 
-A new system is a class with `name`, `conditions` and `reply(queries)`.
+A new system is a class with the members of [`System`].
 """
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
-from ...processing_dual_slm import SOURCES
-from ..backbones import transcriber
+from ... import register_auto_classes
+from ...backbones_dual_slm import name_in_errors
+from ...modeling_dual_slm import DualSLMAudioFeatures, DualSLMForConditionalGeneration
+from ...processing_dual_slm import DualSLMProcessor
+from ..augmentation import load_clip
 from ..collator import DualSLMCollator
-from ..features import FeatureStore, load_row
+from ..corpora.row import Row
+from ..features import FeatureStore
+from ..forward import adapt_cached, forward_targets
 from ..tasks import Sample
 
-# Condition -> (source of the paralinguistic branch, of the linguistic one). "cascade" is the text that Whisper's own
-# decoder heard, "text" the true one.
-CONDITIONS = {
+# Condition -> source of the paralinguistic and of the linguistic branch. "cascade" takes the output of Whisper's decoder,
+# "text" the reference transcript.
+CONDITIONS: dict[str, tuple[str, str]] = {
     "P&L": ("speech", "speech"),
     "P only": ("speech", "none"),
     "L only": ("none", "speech"),
@@ -29,189 +35,161 @@ CONDITIONS = {
     "caption and text": ("caption", "transcript"),
     "cascade": ("none", "transcript"),
 }
+BATCH_SIZE = 32  # conversations or clips
 
 
 @dataclass(frozen=True)
 class Query:
-    """One conversation that is asked for a reply.
+    """One conversation that a system is asked to answer."""
 
-    Args:
-        suite, condition: where it belongs; `condition` is a key of `CONDITIONS`, perhaps with a remark behind a comma.
-        sample: conversation with the sources of its branches set, and what the reply is held to.
-        row: whose words are heard.
-        voice: whose voice is heard: the same row but in the swap test.
-        max_new_tokens: the reply is cut there.
-    """
-
-    suite: str
-    condition: str
-    sample: Sample
-    row: dict
-    voice: dict
-    max_new_tokens: int
+    suite: str  # that asks
+    condition: str  # "swap" or a key of `CONDITIONS`, perhaps followed by a comma and a remark
+    sample: Sample  # the conversation, with the sources of both branches, and its target
+    row: Row  # whose words are heard
+    voice: Row  # whose voice is heard; it differs from `row` only in the swap test
+    max_new_tokens: int  # of the reply
 
     @property
     def key(self) -> str:
-        """The same for the same question, whichever suite asks it and whenever."""
-        clips = f"{self.row['corpus']}/{self.row['id']}/{self.voice['corpus']}/{self.voice['id']}"
-        room = (
-            f"/{self.max_new_tokens}" if self.sample.task == "dialogue" else ""
-        )  # two suites ask for replies to a turn
-        return f"{self.condition}/{self.sample.task}/{clips}{room}"
+        """Key of the journal: equal for the same question in any suite and any run."""
+        parts = [self.condition, self.sample.task, *self.row.key, *self.voice.key]
+        if self.sample.task == "dialogue":  # two suites ask for the reply to the same turn, with different lengths
+            parts.append(str(self.max_new_tokens))
+        return "/".join(parts)
 
     def sources(self) -> tuple[str, str]:
-        """Of the spoken turn."""
-        part = spoken(self.sample)
+        """Sources of the paralinguistic and the linguistic branch."""
+        part = self.sample.spoken
         return part.get("paralinguistic", "speech"), part.get("linguistic", "speech")
 
 
-def spoken(sample: Sample) -> dict:
-    """The spoken part of the last turn."""
-    return next(part for part in sample.messages[-1]["content"] if part["type"] == "audio")
+def batched(items: list, size: int = BATCH_SIZE) -> list[list]:
+    """Consecutive parts of at most `size` items."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 class System(Protocol):
-    """Answers queries."""
+    """Answers queries. `conditions` are those that it can be asked under."""
 
     name: str
-    conditions: tuple[str, ...]  # that it can be asked under
+    conditions: tuple[str, ...]
+
+    def prepare(self, rows: list[Row]) -> None:
+        """Is called with the rows of all clips before they are used."""
 
     def reply(self, queries: list[Query]) -> Iterator[tuple[Query, str]]:
-        """Each query with its reply, in any order, as they are ready; a query may be left out."""
+        """Yields each query with its reply, in any order; a query may be left out."""
+        ...
+
+    def prompt(self, query: Query) -> str:
+        """The text that the LLM is given, for the report."""
+        return ""
 
 
-class Checkpoint:
-    """A checkpoint of this package, with the encoder's features of each clip computed once.
+class Checkpoint(System):
+    """A checkpoint of this package. The encoder's features of each clip are computed once and stored in `folder`."""
 
-    Args:
-        model, processor: of the checkpoint.
-        folder: where the features are kept.
-        batch_size: conversations at a time.
-    """
-
-    def __init__(self, model, processor, folder: str | Path, name: str = "", batch_size: int = 32):
-        self.model, self.processor, self.name, self.batch_size = model, processor, name, batch_size
+    def __init__(
+        self, model: DualSLMForConditionalGeneration, processor: DualSLMProcessor, folder: str | Path, name: str = ""
+    ):
+        self.model, self.processor, self.name = model, processor, name
         self.conditions = tuple(CONDITIONS)
         self.words_as_text = model.linguistic_adapter is None
         self.store = FeatureStore(folder, model.config)
 
-    def prepare(self, rows: list[dict]) -> None:
-        """Encodes the clips of rows that are not encoded yet."""
+    def prepare(self, rows: list[Row]) -> None:
         self.store.build(rows, self.model, self.processor)
 
-    def features(self, voices: list[dict], rows: list[dict]):
-        """The adapters' outputs: the paralinguistic one's of `voices`, the linguistic one's of `rows`."""
+    def features(self, voices: list[Row], rows: list[Row]) -> DualSLMAudioFeatures | None:
+        """Outputs of the paralinguistic adapter for `voices` and of the linguistic adapter for `rows`."""
         found = {}
-        for side, (branch, clips) in enumerate((("paralinguistic", voices), ("linguistic", rows))):
-            if not clips:
-                continue
-            states, lengths = self.store.batch(clips)
-            heard = torch.zeros(len(clips), 2, dtype=torch.long)
-            heard[:, side] = 1
-            pooled = torch.stack([self.store.get(c, "pooled") for c in clips]) if self.store.pools else None
-            features = self.model.adapt_audio(states, lengths, heard, pooled)
-            found |= {name: value for name, value in features.items() if name.startswith(branch)}
-        return type(features)(**found) if found else None
+        for branch, clips, heard in (("paralinguistic", voices, (1, 0)), ("linguistic", rows, (0, 1))):
+            if clips:
+                pooled = torch.stack([self.store.get(clip, "pooled") for clip in clips]) if self.store.pools else None
+                branches = torch.tensor([heard] * len(clips))
+                features = adapt_cached(self.model, *self.store.batch(clips), branches, pooled)
+                found |= {name: value for name, value in features.items() if name.startswith(branch)}
+        return DualSLMAudioFeatures(**found) if found else None
 
     @torch.inference_mode()
-    def hear(self, rows: list[dict]) -> list[dict]:
-        """`heard` and `attributes` of each clip: before the LLM, or where the adapter spells no captions, the attributes by
-        the probability that the LLM gives each label."""
-        result = []
-        if self.processor.attribute_questions:
-            for row in tqdm(rows, desc="probabilities", unit=" clips"):
-                part = {"type": "audio", "num_frames": self.store.length(row), "transcript": row["transcript"]}
-                found = self.processor.ask_attributes(self.model, part, self.features([row], []))
-                result.append({"heard": None, "attributes": found})
-            return result
-        for start in range(0, len(rows), self.batch_size):
-            part = rows[start : start + self.batch_size]
-            result += self.processor.decode_audio(self.features(part, part))
-        return result
+    def hear(self, rows: list[Row]) -> list[dict]:
+        """What the adapters hear in each clip: `heard` (words) and `attributes` (probabilities of labels).
 
-    def _batches(self, queries: list[Query], size: Callable[[Query], tuple], what: str) -> Iterator[list[Query]]:
-        """Of similar size; those in which nothing is heard apart, as an LLM may have LoRA for the others alone."""
-        groups = [[q for q in queries if ("speech" in q.sources()) == heard] for heard in (True, False)]
-        groups = [sorted(group, key=size) for group in groups]
-        step = self.batch_size
-        parts = [group[start : start + step] for group in groups for start in range(0, len(group), step)]
-        yield from tqdm(parts, desc=what, unit=" batches")
+        If the paralinguistic adapter has no caption slots, the LLM gives the probabilities.
+        """
+        if not self.processor.attribute_questions:
+            found = (self.processor.decode_audio(self.features(part, part)) for part in batched(rows))
+            return [clip for part in found for clip in part]
+        result = []
+        for row in tqdm(rows, desc="probabilities", unit=" clips"):
+            part = {"type": "audio", "num_frames": self.store.length(row), "transcript": row.transcript}
+            found = self.processor.ask_attributes(self.model, part, self.features([row], []))
+            result.append({"heard": None, "attributes": found})
+        return result
 
     @torch.inference_mode()
     def reply(self, queries: list[Query]) -> Iterator[tuple[Query, str]]:
+        options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
         for part in self._batches(queries, lambda q: (q.max_new_tokens, q.sample.duration or 0.0), "replies"):
-            inputs = self.processor.apply_chat_template(
-                [self._conversation(query) for query in part],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-            ).to(self.model.device)
-            output = self.model.generate(
-                **inputs,
-                audio_features=self._heard(part),
-                max_new_tokens=max(q.max_new_tokens for q in part),
-                do_sample=False,
-            )
+            conversations = [self._with_length(query).messages for query in part]
+            inputs: Any = self.processor.apply_chat_template(conversations, **options)
+            inputs, longest = inputs.to(self.model.device), max(q.max_new_tokens for q in part)
+            heard = self._heard(part)
+            output = self.model.generate(**inputs, audio_features=heard, max_new_tokens=longest, do_sample=False)
             for query, ids in zip(part, output[:, inputs["input_ids"].shape[1] :], strict=True):
                 yield query, self.processor.decode(ids[: query.max_new_tokens], skip_special_tokens=True).strip()
 
     @torch.inference_mode()
     def losses(self, queries: list[Query]) -> Iterator[tuple[Query, tuple[float, int]]]:
-        """Of each query the loss of the right answer in nats, all its tokens together, and how many these are: it tells
-        systems apart whose replies are both wrong."""
+        """Loss of the right answer to each query (nats, summed over its tokens), and the number of these tokens.
+
+        The answer loss tells two systems apart even if both replies are wrong.
+        """
         collator = DualSLMCollator(self.processor)
         for part in self._batches(queries, lambda q: (q.sample.task, q.sample.duration or 0.0), "losses"):
-            batch = collator([replace(q.sample, messages=self._conversation(q)) for q in part])
+            batch = collator([self._with_length(query) for query in part])
             batch = {name: value.to(self.model.device) for name, value in batch.items()}
-            output = self.model(**batch, audio_features=self._heard(part), only_targets=True)
+            output = forward_targets(self.model, **batch, audio_features=self._heard(part))
             losses, counts = -output.target_log_probs().sum(-1), (output.labels != -100).sum(-1)
             for query, loss, count in zip(part, losses.tolist(), counts.tolist(), strict=True):
                 yield query, (round(loss, 4), count)
 
-    def _heard(self, queries: list[Query]):
-        """The adapters' outputs for the branches of the queries that come from speech."""
-        sources = [query.sources() for query in queries]
-        voices = [q.voice for q, (how, _) in zip(queries, sources, strict=True) if how == "speech"]
-        rows = [q.row for q, (_, what) in zip(queries, sources, strict=True) if what == "speech"]
-        return self.features(voices, rows)
-
-    def _conversation(self, query: Query) -> list[dict]:
-        """The messages with the length of the clip in place of its audio."""
-        *earlier, turn = query.sample.messages
-        content = []
-        for part in turn["content"]:
-            if part["type"] == "audio":
-                part = {key: value for key, value in part.items() if key != "path"}
-                if "speech" in query.sources():
-                    part["num_frames"] = self.store.length(
-                        query.row if query.sources()[1] == "speech" else query.voice
-                    )
-            content.append(part)
-        return [*earlier, turn | {"content": content}]
-
     def prompt(self, query: Query) -> str:
-        """What the LLM is given: text as text, and `<|audio|>` for what the adapters say."""
-        sources = dict(zip(SOURCES, query.sources(), strict=True))
-        *earlier, turn = query.sample.messages
-        content = []
-        for part in turn["content"]:
-            if part["type"] == "audio":
-                said = [part[name] if name in ("caption", "transcript") else "" for name in sources.values()]
-                if "speech" in sources.values():
-                    said.insert(0 if sources["paralinguistic"] == "speech" else 1, "\0")
-                part = {"type": "text", "text": " ".join(text for text in said if text)}
-            content.append(part)
-        text = self.processor.apply_chat_template([*earlier, turn | {"content": content}], add_generation_prompt=True)
+        """The LLM's prompt, with `<|audio|>` for the embeddings of the adapters."""
+        part = query.sample.spoken
+        # Speech is "\0" at first, because the processor refuses `<|audio|>` in a text; both branches share it.
+        texts = ["\0" if source == "speech" else part.get(source) for source in query.sources()]
+        sample = query.sample.with_spoken(type="text", text=" ".join(filter(None, texts)).replace("\0 \0", "\0"))
+        text = str(self.processor.apply_chat_template(sample.messages, add_generation_prompt=True))
         return text.replace("\0", "<|audio|>")
 
+    def _batches(self, queries: list[Query], size: Callable[[Query], tuple], title: str) -> Iterator[list[Query]]:
+        """Batches of similar size, of queries with or without speech: LoRA may be switched on for speech alone."""
+        parts = []
+        for heard in (True, False):
+            parts += batched(sorted((q for q in queries if ("speech" in q.sources()) == heard), key=size))
+        yield from tqdm(parts, desc=title, unit=" batches")
 
-class Replies:
-    """Replies of any other system, as JSON Lines: `id`, `task`, `reply`, and `corpus` where ids of corpora collide.
+    def _heard(self, queries: list[Query]) -> DualSLMAudioFeatures | None:
+        """The adapters' outputs for the branches whose source is speech."""
+        voices = [query.voice for query in queries if query.sources()[0] == "speech"]
+        return self.features(voices, [query.row for query in queries if query.sources()[1] == "speech"])
 
-    What the file does not answer is not asked.
+    def _with_length(self, query: Query) -> Sample:
+        """The sample with the number of encoder frames instead of the path of the audio."""
+        frames = None
+        if "speech" in query.sources():
+            frames = self.store.length(query.row if query.sources()[1] == "speech" else query.voice)
+        return query.sample.with_spoken(path=None, num_frames=frames)
+
+
+class Replies(System):
+    """Replies of any other system, as JSON Lines: `id`, `task`, `reply`, and `corpus` if an id is in two corpora.
+
+    Questions without a reply in the file are left out.
 
     Raises:
-        ValueError: a line without these.
+        ValueError: a line lacks one of the first three.
     """
 
     def __init__(self, path: str | Path):
@@ -224,120 +202,70 @@ class Replies:
                 record = json.loads(line)
                 self.replies[record["id"], record["task"], record.get("corpus")] = record["reply"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: a reply is one JSON object with id, task and reply ({error})."
-                ) from None
-
-    def prepare(self, rows: list[dict]) -> None:
-        pass
+                needed = "a reply is one JSON object with id, task and reply"
+                raise ValueError(f"{path}, line {number}: {needed} ({error}).") from None
 
     def reply(self, queries: list[Query]) -> Iterator[tuple[Query, str]]:
         for query in queries:
-            found = None
-            for corpus in (None, query.row["corpus"]):
-                found = self.replies.get((query.row["id"], query.sample.task, corpus), found)
+            row, task = query.row, query.sample.task
+            found = self.replies.get((row.id, task, row.corpus), self.replies.get((row.id, task, None)))
             if found is not None and query.condition == "P&L":
                 yield query, found
 
-    def prompt(self, query: Query) -> str:
-        return ""
 
-
-class Qwen2Audio:
-    """Qwen2-Audio (or another audio LLM with its processor's interface) through transformers: the whole clip, one at a time.
+class Qwen2Audio(System):
+    """Qwen2-Audio through transformers, or another audio LLM whose processor has the same interface.
 
     Args:
         name: Hub id or folder.
     """
 
-    def __init__(self, name: str, dtype="auto", device: str = "cpu"):
-        from transformers import AutoModelForMultimodalLM, AutoProcessor
-
+    def __init__(self, name: str, dtype: str = "auto", device: str = "cpu"):
         self.name, self.conditions = name, ("P&L",)
         self.processor = AutoProcessor.from_pretrained(name)
         self.model = AutoModelForMultimodalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-
-    def prepare(self, rows: list[dict]) -> None:
-        pass
-
-    def conversation(self, query: Query) -> list[dict]:
-        """Qwen2-Audio's own chat format."""
-        messages = []
-        for message in query.sample.messages:
-            content = message["content"]
-            if not isinstance(content, str):
-                content = [
-                    {"type": "audio", "audio_url": part["path"]} if part["type"] == "audio" else part
-                    for part in content
-                ]
-            messages.append({"role": message["role"], "content": content})
-        return messages
-
-    def _batches(self, queries: list[Query], size: Callable[[Query], tuple], what: str) -> Iterator[list[Query]]:
-        """Of similar size; those in which nothing is heard apart, as an LLM may have LoRA for the others alone."""
-        groups = [[q for q in queries if ("speech" in q.sources()) == heard] for heard in (True, False)]
-        groups = [sorted(group, key=size) for group in groups]
-        step = self.batch_size
-        parts = [group[start : start + step] for group in groups for start in range(0, len(group), step)]
-        yield from tqdm(parts, desc=what, unit=" batches")
 
     @torch.inference_mode()
     def reply(self, queries: list[Query]) -> Iterator[tuple[Query, str]]:
         rate = self.processor.feature_extractor.sampling_rate
         for query in tqdm(queries, desc="replies", unit=" conversations"):
-            inputs = self.processor(
-                text=self.prompt(query), audio=[load_row(query.row, rate)], sampling_rate=rate, return_tensors="pt"
-            ).to(self.model.device)
+            clip, text = load_clip(query.row, rate), self.prompt(query)
+            inputs = self.processor(text=text, audio=[clip], sampling_rate=rate, return_tensors="pt")
+            inputs = inputs.to(self.model.device)
             output = self.model.generate(**inputs, max_new_tokens=query.max_new_tokens, do_sample=False)
-            yield (
-                query,
-                self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(),
-            )
+            reply = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            yield query, reply.strip()
 
     def prompt(self, query: Query) -> str:
-        return self.processor.apply_chat_template(self.conversation(query), add_generation_prompt=True, tokenize=False)
+        sample = query.sample.with_spoken(audio_url=query.sample.spoken["path"], path=None)
+        return self.processor.apply_chat_template(sample.messages, add_generation_prompt=True, tokenize=False)
 
 
-def whisper_decoder(folder: str) -> Callable[[dict], str]:
-    """The words of a row by Whisper's own decoder, the first half of the cascade."""
-    transcribe = transcriber(folder)
-    return lambda row: transcribe(load_row(row))
-
-
-def load_system(name: str, folder: str | Path, **options) -> System:
-    """A file of replies (`.jsonl`), a checkpoint of this package, or another audio LLM.
+def load_system(
+    name: str, folder: str | Path, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+) -> System:
+    """Loads a file of replies (`.jsonl`), a checkpoint of this package, or Qwen2-Audio.
 
     Args:
-        folder: where features are kept.
-        options: `dtype`, `device` and `trust_remote_code` of a model.
+        folder: where features are stored.
+
+    Raises:
+        ValueError: a model of another type.
     """
-    from transformers import AutoConfig
-
-    from ... import DualSLMProcessor, register_auto_classes
-    from ...modeling_dual_slm import name_in_errors
-
     if name.endswith(".jsonl"):
         return Replies(name)
     register_auto_classes()
-    trusted = options.pop("trust_remote_code", False)
     with name_in_errors(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     if config.model_type == "qwen2_audio":
-        return Qwen2Audio(name, **options)
+        return Qwen2Audio(name, dtype, device)
     if config.model_type != "dual_slm":
         raise ValueError(
             f"{name} is a {config.model_type}; evaluated are checkpoints of this package, Qwen2-Audio, and files of "
             "replies (.jsonl) of any other system."
         )
-    from transformers import AutoModelForMultimodalLM
-
-    device = options.get("device", "cpu")
+    options = {"device_map": None if device == "cpu" else {"": device}, "trust_remote_code": trust_remote_code}
     with name_in_errors(name):
-        model = AutoModelForMultimodalLM.from_pretrained(
-            name,
-            dtype=options.get("dtype", "auto"),
-            device_map=None if device == "cpu" else {"": device},
-            trust_remote_code=trusted,
-        )
+        model = AutoModelForMultimodalLM.from_pretrained(name, dtype=dtype, **options)
         processor = DualSLMProcessor.from_pretrained(name)
     return Checkpoint(model, processor, folder, Path(name).name)

@@ -1,11 +1,10 @@
-"""Word error rate with Whisper's English normaliser, as a metric of `evaluate`."""
+"""Word error rate over all references, both texts normalised by Whisper's English normaliser, as a metric of `evaluate`."""
 
 import datasets
 import evaluate
 
-from dual_slm.training.evaluation.metrics import word_errors
+from dual_slm.training.parsing import word_errors
 
-_DESCRIPTION = "Word error rate over all references, both texts normalised by Whisper's English normaliser."
 _INPUTS = """
 Args:
     predictions: list of texts.
@@ -17,10 +16,8 @@ Returns:
 
 class AsrWer(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        texts = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=datasets.Features(texts)
-        )
+        features = datasets.Features({name: datasets.Value("string") for name in ("predictions", "references")})
+        return evaluate.MetricInfo(__doc__ or "", citation="", features=features, inputs_description=_INPUTS)
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
         counts = [word_errors(said, heard) for said, heard in zip(references, predictions, strict=True)]

@@ -1,12 +1,11 @@
-"""Weighted and unweighted accuracy, F1 and the share of unparsed replies, as a metric of `evaluate`."""
+"""Scores of replies that name a label, as a metric of `evaluate`. Unparsed replies are wrong and are counted."""
 
 import datasets
 import evaluate
 
 from dual_slm.training.evaluation import metrics
-from dual_slm.training.tasks import parse_label
+from dual_slm.training.parsing import parse_label
 
-_DESCRIPTION = "Scores of replies that name a label: parsed strictly, what cannot be parsed is wrong and counted."
 _INPUTS = """
 Args:
     predictions: list of replies ("The speaker sounds sad.").
@@ -20,17 +19,11 @@ Returns:
 
 class LabelScores(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        texts = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=datasets.Features(texts)
-        )
+        features = datasets.Features({name: datasets.Value("string") for name in ("predictions", "references")})
+        return evaluate.MetricInfo(__doc__ or "", citation="", features=features, inputs_description=_INPUTS)
 
     def _compute(
-        self,
-        predictions: list[str],
-        references: list[str],
-        labels: list[str] | None = None,
-        task: str | None = None,
+        self, predictions: list[str], references: list[str], labels: list[str] | None = None, task: str | None = None
     ) -> dict[str, float]:
         labels = sorted(labels or set(references))
         parsed = [parse_label(reply, labels, task) for reply in predictions]
