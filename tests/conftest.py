@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker, and for the processes that it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -18,12 +20,12 @@ from transformers import (
 )
 
 from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
-from dual_slm.configuration_dual_slm import LETTER_ADAPTER, WARM_START_ADAPTERS
-from dual_slm.processing_dual_slm import CaptionSlots
-from dual_slm.training.run import put
-from dual_slm.training.warm_start import lexicon_rows
+from dual_slm.captions_dual_slm import CaptionSlots
+from dual_slm.configuration_dual_slm import WARM_START_ADAPTERS
+from dual_slm.training.forward import load_state
+from dual_slm.training.spelling import lexicon_rows
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
@@ -100,53 +102,51 @@ def tiny_backbones(tmp_path_factory) -> tuple[str, str]:
 
 
 def make_model(backbones: tuple[str, str], **fields) -> tuple[DualSLMForConditionalGeneration, DualSLMProcessor]:
-    """A model with new adapters; `kind="warm"` takes the warm start's adapters, `"letters"` these with words by letters, else
-    the paper's."""
+    """A model with new adapters; `kind="letters"` takes those of the warm start, else the paper's."""
     from transformers import AutoTokenizer
 
     audio, text = backbones
     tokenizer = AutoTokenizer.from_pretrained(text)
     kind = fields.pop("kind", "paper")
     slots = CaptionSlots(tokenizer, CAPTION, LABELS)
-    if kind in ("warm", "letters"):
-        words = {"linguistic_ctc_vocab_size": 60} if kind == "warm" else LETTER_ADAPTER
+    fields = {"linguistic_hidden_size": 40, **fields}
+    if kind == "letters":
         fields = WARM_START_ADAPTERS | {
             "num_paralinguistic_tokens": slots.num_slots,
             "paralinguistic_soft_vocab_size": len(slots.token_ids),
             "paralinguistic_hidden_size": 24,
-            **words,
-            "linguistic_hidden_size": 40,
             "caption_template": CAPTION,
             "attribute_labels": LABELS,
             **fields,
         }
     else:
-        fields = {"num_paralinguistic_tokens": 4, "linguistic_hidden_size": 40, **fields}
+        fields = {"num_paralinguistic_tokens": 4, **fields}
     torch.manual_seed(1)
     model = DualSLMForConditionalGeneration.from_backbones(audio, text, **fields)
-    if kind in ("warm", "letters"):
-        model.paralinguistic_adapter.soft_tokens.token_ids = torch.tensor(slots.token_ids)
     if kind == "letters":
-        adapter, words = model.linguistic_adapter, {"the": 9, "fox": 3, "lazy": 2, "dog": 2, "dig": 2, "a": 5, "be": 3}
-        pairs = {("the", "fox"): 3, ("lazy", "dog"): 2, ("a", "be"): 3, ("be", "a"): 2, ("a", "fox"): 1}
-        put(adapter.lexicon, lexicon_rows(tokenizer, words, pairs, adapter.alphabet))
-        model.config.linguistic_lexicon_size = len(adapter.lexicon.counts)
-        model.config.linguistic_lexicon_pairs = len(adapter.lexicon.pairs)
+        model.paralinguistic_adapter.soft_tokens.token_ids = torch.tensor(slots.token_ids)
+        fill_lexicon(model, tokenizer)
+        adapter = model.linguistic_adapter
         with torch.no_grad():  # random outputs that change from frame to frame, and a blank that wins sometimes
             adapter.letters.weight.normal_(std=2.0)
             adapter.letters.bias[len(adapter.alphabet) :: len(adapter.alphabet) + 1] = 3.0
-    elif kind == "warm":
-        model.linguistic_adapter.soft_tokens.token_ids = torch.arange(3, 63)
-        with torch.no_grad():  # random outputs that change from frame to frame, and a blank that wins sometimes
-            model.linguistic_adapter.linear_2.weight.normal_(std=0.5)
-            model.linguistic_adapter.soft_tokens.blank.normal_(std=0.6)
     processor = DualSLMProcessor.from_config(model.config, WhisperFeatureExtractor.from_pretrained(audio), tokenizer)
     return model, processor
 
 
-@pytest.fixture(scope="session", params=["paper", "warm", "letters"])
+def fill_lexicon(model: DualSLMForConditionalGeneration, tokenizer) -> None:
+    """A few words and bigrams for character CTC."""
+    lexicon = model.linguistic_adapter.lexicon
+    words = {"the": 9, "fox": 3, "lazy": 2, "dog": 2, "dig": 2, "a": 5, "be": 3}
+    bigrams = {("the", "fox"): 3, ("lazy", "dog"): 2, ("a", "be"): 3, ("be", "a"): 2, ("a", "fox"): 1}
+    load_state(lexicon, lexicon_rows(tokenizer, words, bigrams, model.linguistic_adapter.alphabet))
+    model.config.linguistic_lexicon_size = len(lexicon.counts)
+    model.config.linguistic_lexicon_pairs = len(lexicon.pairs)
+
+
+@pytest.fixture(scope="session", params=["paper", "letters"])
 def tiny(request, tiny_backbones):
-    """(model, processor), once with the paper's adapters, once with the warm start's and once with letters."""
+    """(model, processor), once with the paper's adapters and once with those of the warm start."""
     return make_model(tiny_backbones, kind=request.param)
 
 
@@ -156,8 +156,8 @@ def paper(tiny_backbones):
 
 
 @pytest.fixture(scope="session")
-def warm(tiny_backbones):
-    return make_model(tiny_backbones, kind="warm")
+def letters(tiny_backbones):
+    return make_model(tiny_backbones, kind="letters")
 
 
 def tone(seconds: float, seed: int = 0) -> np.ndarray:
@@ -168,3 +168,30 @@ def tone(seconds: float, seed: int = 0) -> np.ndarray:
     return (0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / 16_000) + 0.02 * rng.standard_normal(len(time))).astype(
         np.float32
     )
+
+
+def spoken(seconds: float, seed: int = 0, text: str | None = None, **sources) -> dict:
+    content = [{"type": "audio", "audio": tone(seconds, seed), **sources}]
+    return {"role": "user", "content": content + ([{"type": "text", "text": text}] if text else [])}
+
+
+def typed(text: str, role: str = "user") -> dict:
+    return {"role": role, "content": text}
+
+
+def prepare(processor, conversation, **options):
+    return processor.apply_chat_template(
+        conversation, tokenize=True, return_dict=True, add_generation_prompt=True, **options
+    )
+
+
+CONVERSATIONS = [
+    [spoken(0.7, 1)],
+    [typed("hello to the lazy dog")],
+    [spoken(2.3, 2, "the quick brown fox"), typed("a dog", "assistant"), spoken(0.31, 3)],
+    [typed("be brief", "system"), typed("the fox"), typed("jumps", "assistant"), spoken(1.4, 4)],
+    [spoken(1.1, 5, paralinguistic="none")],
+    [spoken(1.3, 6, paralinguistic="caption", caption="(female voice, sad emotion)")],
+    [spoken(0.9, 7, linguistic="transcript", transcript="the lazy fox")],
+    [spoken(1.0, 8, linguistic="none")],
+]

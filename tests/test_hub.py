@@ -23,9 +23,10 @@ from safetensors.torch import load, save
 from hub_server import Hub, running_hub
 
 BACKBONES = ("me/whisper-tiny", "me/llama-tiny")
-REPOS = {"warm": "me/dual-slm-warm", "paper": "me/dual-slm-paper"}
+REPOS = {"letters": "me/dual-slm-letters", "paper": "me/dual-slm-paper"}
 CARD = "---\npipeline_tag: audio-text-to-text\nlibrary_name: transformers\n---\n# A tiny model\n"
-MODULES = ("configuration_dual_slm.py", "modeling_dual_slm.py", "processing_dual_slm.py")
+MODULES = [path.name for path in Path(__file__).parent.parent.glob("*_dual_slm.py")]
+pytestmark = pytest.mark.slow
 OPTIONS = {"max_new_tokens": 8, "do_sample": False}
 
 # `None` in sys.modules makes every import of the package fail, as where it is not installed.
@@ -69,7 +70,7 @@ def in_fresh_process(client: Callable, folder: Path, url: str, package: bool = F
         stdin=subprocess.DEVNULL,  # a question about remote code would be an error, not a wait
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return torch.load(result, weights_only=True)
@@ -154,9 +155,9 @@ def _client_push(folders: list[str], clips: list[str]) -> dict:
         model.push_to_hub(repo)
         result[kind]["main"] = answers(model, processor, clips)
     result["backbones"] = {repo: api.model_info(repo).sha for repo in BACKBONES}
-    result["files"] = api.list_repo_files(REPOS["warm"])
-    result["tags"] = [tag.name for tag in api.list_repo_refs(REPOS["warm"]).tags]
-    result["commits"] = len(api.list_repo_commits(REPOS["warm"]))
+    result["files"] = api.list_repo_files(REPOS["letters"])
+    result["tags"] = [tag.name for tag in api.list_repo_refs(REPOS["letters"]).tags]
+    result["commits"] = len(api.list_repo_commits(REPOS["letters"]))
     return result
 
 
@@ -185,21 +186,21 @@ def _client_load(clips: list[str], again: str) -> dict:
             here, there = dict(getattr(mine, kind)()), dict(getattr(other, kind)())
             unequal = [key for key in there if key not in here or not torch.equal(here[key], there[key])]
             result[f"{part} {kind}"] = {"names": sorted(here), "expected": sorted(there), "unequal": unequal}
-    half = AutoModelForMultimodalLM.from_pretrained(REPOS["warm"], trust_remote_code=True, dtype="bfloat16")
+    half = AutoModelForMultimodalLM.from_pretrained(REPOS["letters"], trust_remote_code=True, dtype="bfloat16")
     result["dtypes"] = {
         "llm": sorted({str(p.dtype) for p in half.language_model.parameters()}),
         "encoder": sorted({str(p.dtype) for p in half.audio_tower.parameters()}),
         "adapters": sorted({str(t.dtype) for t in adapters(half).values() if t.is_floating_point()}),
     }
     result["bfloat16 replies"] = answers(
-        half, AutoProcessor.from_pretrained(REPOS["warm"], trust_remote_code=True), clips
+        half, AutoProcessor.from_pretrained(REPOS["letters"], trust_remote_code=True), clips
     )
     elsewhere = {"text_model_id": "me/llama-mirror", "audio_model_id": BACKBONES[0]}
-    model = AutoModelForMultimodalLM.from_pretrained(REPOS["warm"], trust_remote_code=True, **elsewhere)
-    result["mirror"] = answers(model, AutoProcessor.from_pretrained(REPOS["warm"], trust_remote_code=True), clips)
+    model = AutoModelForMultimodalLM.from_pretrained(REPOS["letters"], trust_remote_code=True, **elsewhere)
+    result["mirror"] = answers(model, AutoProcessor.from_pretrained(REPOS["letters"], trust_remote_code=True), clips)
     # A model that came as remote code is saved and pushed like any other.
-    model = AutoModelForMultimodalLM.from_pretrained(REPOS["warm"], trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(REPOS["warm"], trust_remote_code=True)
+    model = AutoModelForMultimodalLM.from_pretrained(REPOS["letters"], trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(REPOS["letters"], trust_remote_code=True)
     for thing in (model, processor):
         thing.save_pretrained(again)
         thing.push_to_hub("me/again")
@@ -224,9 +225,9 @@ def _client_installed(clips: list[str]) -> dict:
     import dual_slm
 
     dual_slm.register_auto_classes()
-    config = AutoConfig.from_pretrained(REPOS["warm"])
-    processor = AutoProcessor.from_pretrained(REPOS["warm"])
-    model = AutoModelForMultimodalLM.from_pretrained(REPOS["warm"])
+    config = AutoConfig.from_pretrained(REPOS["letters"])
+    processor = AutoProcessor.from_pretrained(REPOS["letters"])
+    model = AutoModelForMultimodalLM.from_pretrained(REPOS["letters"])
     own = (dual_slm.DualSLMConfig, dual_slm.DualSLMProcessor, dual_slm.DualSLMForConditionalGeneration)
     same = [type(thing) is kind for thing, kind in zip((config, processor, model), own, strict=True)]
     return answers(model, processor, clips) | {"own classes": same}
@@ -336,8 +337,8 @@ def _client_unreachable(adapters_folder: str) -> dict:
 
     time.sleep = lambda seconds: None  # the client asks six times over 23 s for each file
     return {
-        "auto": outcome(AutoModelForMultimodalLM.from_pretrained, REPOS["warm"], trust_remote_code=True),
-        "repo": outcome(DualSLMForConditionalGeneration.from_pretrained, REPOS["warm"]),
+        "auto": outcome(AutoModelForMultimodalLM.from_pretrained, REPOS["letters"], trust_remote_code=True),
+        "repo": outcome(DualSLMForConditionalGeneration.from_pretrained, REPOS["letters"]),
         "folder": outcome(DualSLMForConditionalGeneration.from_pretrained, adapters_folder),
         "new": outcome(DualSLMForConditionalGeneration.from_backbones, *BACKBONES),
     }
@@ -422,7 +423,7 @@ def test_a_pushed_repository_holds_the_adapters_and_names_its_backbones(hub, pus
 
 
 def test_the_client_lists_what_was_pushed(hub, pushed):
-    repo = hub.repos[REPOS["warm"]]
+    repo = hub.repos[REPOS["letters"]]
     assert sorted(pushed["files"]) == sorted(repo.files())
     assert pushed["tags"] == ["v1"]
     assert pushed["commits"] == len(repo.commits) >= 5
@@ -450,7 +451,7 @@ def test_frozen_tensors_equal_those_of_a_plain_load(loaded, part, tensors):
 
 
 def test_backbones_may_come_from_elsewhere(pushed, loaded):
-    assert_same_answers(loaded["mirror"], pushed["warm"]["main"])
+    assert_same_answers(loaded["mirror"], pushed["letters"]["main"])
 
 
 def test_dtype_reaches_the_backbones_and_leaves_the_adapters(loaded):
@@ -466,18 +467,18 @@ def test_dtype_reaches_the_backbones_and_leaves_the_adapters(loaded):
 def test_saved_and_pushed_again_it_is_the_same_model(hub, folder, clips, pushed, loaded):
     got = in_fresh_process(_client_again, folder, hub.url, clips=clips, again=str(folder / "again"))
     for place in ("folder", "repo"):
-        assert_same_answers(got[place], pushed["warm"]["main"])
+        assert_same_answers(got[place], pushed["letters"]["main"])
         assert got[place]["adapters"].keys() == loaded["adapters"].keys()
         for name, tensor in loaded["adapters"].items():
             assert torch.equal(got[place]["adapters"][name], tensor), name
-    old, new = (json.loads(hub.repos[repo].files()["config.json"]) for repo in (REPOS["warm"], "me/again"))
+    old, new = (json.loads(hub.repos[repo].files()["config.json"]) for repo in (REPOS["letters"], "me/again"))
     assert new == old
 
 
 def test_the_installed_package_needs_no_remote_code(hub, folder, clips, pushed):
     got = in_fresh_process(_client_installed, folder, hub.url, package=True, clips=clips)
     assert got["own classes"] == [True, True, True]
-    assert_same_answers(got, pushed["warm"]["main"])
+    assert_same_answers(got, pushed["letters"]["main"])
 
 
 def test_the_push_command_uploads_model_processor_and_card(hub, folder, clips, pushed, loaded):
@@ -493,7 +494,7 @@ def test_the_push_command_uploads_model_processor_and_card(hub, folder, clips, p
     assert files <= set(result["files"])
     assert "notes.txt" not in result["files"]
     assert result["card"].strip() == CARD.strip()
-    assert_same_answers(result, pushed["warm"]["main"])
+    assert_same_answers(result, pushed["letters"]["main"])
 
 
 def test_lora_goes_to_the_hub_and_back_with_the_adapters(hub, folder, clips, pushed):
@@ -541,7 +542,7 @@ class _Intruder:
 
 
 def test_damaged_checkpoints_are_refused_by_name(hub, folder, pushed):
-    sound = hub.repos[REPOS["warm"]].files()
+    sound = hub.repos[REPOS["letters"]].files()
     weights, config = load(sound["model.safetensors"]), json.loads(sound["config.json"])
     key = "linguistic_adapter.linear_1.weight"
     marker = folder / "unpickled"
@@ -589,5 +590,5 @@ def test_an_unreachable_hub_is_named_with_what_it_should_have_given(folder, push
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"  # bound, never listening: connections are refused
         got = in_fresh_process(_client_unreachable, folder, url, package=True, adapters_folder=str(folder / "again"))
     # Through the Auto class transformers itself gives up, at the config, and names the Hub alone.
-    for name, part in (("auto", url), ("repo", REPOS["warm"]), ("folder", BACKBONES[1]), ("new", BACKBONES[0])):
+    for name, part in (("auto", url), ("repo", REPOS["letters"]), ("folder", BACKBONES[1]), ("new", BACKBONES[0])):
         assert got[name].startswith("OSError") and part in got[name], (name, got[name])

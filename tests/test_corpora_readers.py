@@ -1,12 +1,10 @@
-"""Corpora: every reader on a tree in the corpus's own layout, on its real metadata, and on what can be broken."""
+"""Corpus readers: each on a tree in the corpus's own layout, on its real metadata, and on damaged files."""
 
 import collections
 import csv
 import errno
-import gc
 import itertools
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -19,26 +17,22 @@ import pytest
 import soundfile
 
 from conftest import tone
-from dual_slm.training.cli import main
 from dual_slm.training.corpora import CORPORA, reader
-from dual_slm.training.corpora.folder import read_folder
-from dual_slm.training.corpora.schema import (
-    SPLITS,
-    Report,
-    check_rows,
-    cross_validated,
-    make_row,
-    read_table,
-    share,
-    split_by,
-    write_table,
-)
+from dual_slm.training.corpora.checks import Report, check_rows
+from dual_slm.training.corpora.row import Row
+from dual_slm.training.corpora.table import read_table, write_table
 from dual_slm.training.corpora.textrolspeech import speaker_of
 from dual_slm.training.stats import leaks
+from dual_slm.training.text import split_by
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real metadata is not at {DATA}")
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+
+
+@pytest.fixture(autouse=True)
+def table_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
 
 
 def sound(path: Path, seconds: float = 0.5) -> None:
@@ -53,11 +47,11 @@ def table(path: Path, header: str, *records: tuple, quoting: int = csv.QUOTE_MIN
         csv.writer(file, quoting=quoting).writerows([header.split(","), *records])
 
 
-def read(name: str, root: Path, keep_text: bool = False, **options) -> tuple[dict[str, dict], Report]:
+def read(name: str, root: Path, keep_text: bool = False, **options) -> tuple[dict[str, Row], Report]:
     report = Report()
     rows = list(check_rows(reader(name)(root, report, **options), report, keep_text, root / "sound"))
-    assert len({row["id"] for row in rows}) == len(rows)
-    return {row["id"]: row for row in rows}, report
+    assert len({row.id for row in rows}) == len(rows)
+    return {row.id: row for row in rows}, report
 
 
 def user(content: str) -> dict:
@@ -282,11 +276,13 @@ def test_each_corpus_in_its_own_layout(tmp_path, name):
     rows, report = read(name, root, keep_text=name == "meld")
     (columns, _), *expected = EXPECTED[name].items()
     for key, values in expected:
-        assert {c: rows[key][c] for c in columns.split()} == dict(zip(columns.split(), values, strict=True)), key
+        assert {c: getattr(rows[key], c) for c in columns.split()} == dict(
+            zip(columns.split(), values, strict=True)
+        ), key
     for row in rows.values():
-        assert row["corpus"] == ("root" if name == "folder" else name)
-        assert row["duration"] in ((0.5, 0.25) if row["audio"] else (None,))
-        assert row["audio"] is None or Path(row["audio"]).stem == row["id"].split("/")[-1].removesuffix(".wav")
+        assert row.corpus == ("root" if name == "folder" else name)
+        assert row.duration in ((0.5, 0.25) if row.audio else (None,))
+        assert row.audio is None or Path(row.audio).stem == row.id.split("/")[-1].removesuffix(".wav")
     counted = COUNTED.get(name, {})
     assert len(report) == len(counted)
     for kind, count in counted.items():
@@ -301,19 +297,19 @@ def test_styletalk_with_its_roles_reversed(tmp_path):
     assert set(rows) == {"book_1/c_2", "trip_4/c_0", "book_2/c_0", "book_2/r_0", "trip_3/c_0", "trip_3/r_0"}
     row = rows["book_2/r_0"]
     flipped = [assistant(turn["content"]) if turn["role"] == "user" else user(turn["content"]) for turn in BOOK]
-    assert row["history"] == [*flipped, assistant("Maybe.")]
-    assert (row["transcript"], row["response"], row["corpus"]) == ("Do.", None, "styletalk_reversed")
-    assert (row["emotion"], row["tempo"], row["energy"], row["duration"]) == ("cheerful", "fast", "high", 0.25)
-    assert rows["trip_3/r_0"]["history"][-2:] == [user("We deserve it."), assistant("When do we leave?")]
+    assert row.history == [*flipped, assistant("Maybe.")]
+    assert (row.transcript, row.response, row.corpus) == ("Do.", None, "styletalk_reversed")
+    assert (row.emotion, row.tempo, row.energy, row.duration) == ("cheerful", "fast", "high", 0.25)
+    assert rows["trip_3/r_0"].history[-2:] == [user("We deserve it."), assistant("When do we leave?")]
 
 
 def test_dailytalk_says_the_same_from_its_lines(tmp_path):
     dailytalk(tmp_path)
     rows, _ = read("dailytalk", tmp_path)
     turns = [
-        {"utterance_idx": r["turn"], "basename": i, "speaker": int(r["speaker"][-1]), "text": r["transcript"]}
-        | {"emotion": r["emotion"] or "none"}
-        for i, r in rows.items()
+        {"utterance_idx": row.turn, "basename": name, "speaker": int(row.speaker[-1]), "text": row.transcript}
+        | {"emotion": row.emotion or "none"}
+        for name, row in rows.items()
     ]
     lines = tmp_path / "dailytalk" / "dailytalk_dialogs.jsonl"
     lines.write_text(json.dumps({"dialog_idx": 0, "turns": turns}) + "\n")
@@ -346,8 +342,8 @@ def test_textrolspeech_keeps_a_speaker_of_both_kinds_of_csv_in_one_split(tmp_pat
     assert report["csv that is no table of captions, left out"] == 1
     assert len(rows) == 80
     for _, item in items:
-        assert rows[item]["split"] == rows[f"CREMA-D-AudioWAV-{item}"]["split"]
-    assert collections.Counter(r["split"] for r in rows.values()) == {"train": 72, "validation": 4, "test": 4}
+        assert rows[item].split == rows[f"CREMA-D-AudioWAV-{item}"].split
+    assert collections.Counter(row.split for row in rows.values()) == {"train": 72, "validation": 4, "test": 4}
 
 
 # ---- real metadata ---------------------------------------------------------------------------------------------------
@@ -369,14 +365,14 @@ def test_textrolspeech_keeps_a_speaker_of_both_kinds_of_csv_in_one_split(tmp_pat
 def test_real_metadata(name, folder, options, splits):
     report = Report()
     rows = list(reader(name)(DATA / folder, report, **options))
-    assert (len(rows) if isinstance(splits, int) else collections.Counter(row["split"] for row in rows)) == splits
+    assert (len(rows) if isinstance(splits, int) else collections.Counter(row.split for row in rows)) == splits
     unit = {"dailytalk": "dialogue", "meld": "id", "styletalk": "id"}.get(name, "speaker")
     seen = collections.defaultdict(set)
     for row in rows:
-        seen[row[unit]].add(row["split"])
-        text = json.dumps([row["transcript"], row["caption"], row["history"], row["response"]], ensure_ascii=False)
-        assert not set(text) & set("’‘â€\u0092\ufffd") and "nan" != row["emotion"] != "no emotion"
-        assert row["transcript"] and all(a["role"] != b["role"] for a, b in itertools.pairwise(row["history"]))
+        seen[getattr(row, unit)].add(row.split)
+        text = json.dumps([row.transcript, row.caption, row.history, row.response], ensure_ascii=False)
+        assert not set(text) & set("’‘â€\u0092\ufffd") and "nan" != row.emotion != "no emotion"
+        assert row.transcript and all(a["role"] != b["role"] for a, b in itertools.pairwise(row.history))
     assert all(len(found) == 1 for found in seen.values())
     if name in ("dailytalk", "cremad"):
         assert len(seen) == {"dailytalk": 2541, "cremad": 91}[name]
@@ -385,58 +381,32 @@ def test_real_metadata(name, folder, options, splits):
         assert all(0.5 * expected < held[split] / len(seen) < 1.5 * expected for split in ("validation", "test"))
     if name == "meld":
         (gaps,) = report.values()
-        assert gaps == sum(row["turn"] > 0 and not row["history"] for row in rows) > 0
+        assert gaps == sum(row.turn > 0 and not row.history for row in rows) > 0
     else:
         assert not report
     if name == "ravdess":  # the one whose sound is there, too
-        assert all(1 < row["duration"] < 8 for row in read(name, DATA / folder)[0].values())
+        assert all(1 < row.duration < 8 for row in read(name, DATA / folder)[0].values())
 
 
 @needs_data
 def test_real_styletalk_reversed_roles():
     root = DATA / "metadata" / "StyleTalk"
-    rows = {row["id"]: row for row in reader("styletalk")(root, Report(), role_reversed=True)}
+    rows = {row.id: row for row in reader("styletalk")(root, Report(), role_reversed=True)}
     with open(root / "eval.csv", encoding="utf-8", newline="") as file:
         records = list(csv.DictReader(file))
     for record in records:
         said, answer = (rows[record[f"{turn}_audio_id"].removesuffix(".wav")] for turn in ("curr", "res"))
         same = record["context"].strip()[0] == record["curr_text"][0]  # who speaks here began the dialogue
-        assert said["history"][0]["role"] == ("user" if same else "assistant")
-        assert answer["history"][0]["role"] == ("assistant" if same else "user")
-        assert answer["history"][-1] == assistant(said["transcript"])
-        assert [t["content"] for t in answer["history"][:-1]] == [t["content"] for t in said["history"]]
-        assert (answer["transcript"], answer["response"]) == (said["response"], None)
-        assert said["history"][-1]["role"] == "assistant"
+        assert said.history[0]["role"] == ("user" if same else "assistant")
+        assert answer.history[0]["role"] == ("assistant" if same else "user")
+        assert answer.history[-1] == assistant(said.transcript)
+        assert [t["content"] for t in answer.history[:-1]] == [t["content"] for t in said.history]
+        assert (answer.transcript, answer.response) == (said.response, None)
+        assert said.history[-1]["role"] == "assistant"
     assert sum(record["curr_text"].startswith("A") for record in records) > 0
 
 
 # ---- what can be broken ----------------------------------------------------------------------------------------------
-
-
-def test_broken_and_missing_audio_is_counted_and_the_rest_survives(tmp_path, caplog):
-    for name in ("good", "header", "empty"):
-        sound(tmp_path / f"{name}.wav")
-    (tmp_path / "header.wav").write_bytes((tmp_path / "good.wav").read_bytes()[:20])
-    (tmp_path / "empty.wav").write_bytes(b"")
-    soundfile.write(tmp_path / "silent.wav", np.zeros(0), 16_000)
-    names = ["gone", "header", "good", "empty", "silent", "lost"]
-    lines = [json.dumps({"id": name, "file": f"{name}.wav", "text": name}) for name in names]
-    lines.append(json.dumps({"id": "good", "text": "again"}))
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-
-    rows, report = read("folder", tmp_path)
-    assert [(row["id"], row["transcript"]) for row in rows.values()] == [("good", "good")]
-    kinds = {kind.split(",")[0]: (count, Path(report.first[kind]).name) for kind, count in report.items()}
-    assert kinds == {"missing audio": (2, "gone.wav"), "damaged audio": (3, "header.wav"), "repeated id": (1, "good")}
-
-    rows, report = read("folder", tmp_path, keep_text=True)
-    assert list(rows) == names  # in the order of the metadata
-    assert [name for name, row in rows.items() if row["audio"]] == ["good"]
-    assert f"2 x missing audio, kept as text; the first: {tmp_path / 'gone.wav'}" in str(report)
-
-    with caplog.at_level(logging.WARNING):
-        assert [row["id"] for row in read_folder(tmp_path)] == ["good"]
-    assert "2 x missing audio, left out (--allow-missing-audio keeps the text)" in caplog.text
 
 
 def test_no_audio_at_all_is_an_error_that_names_the_remedy(tmp_path):
@@ -478,59 +448,6 @@ def test_a_csv_without_a_column_or_cut_off_is_named(tmp_path, name, file, column
         read(name, tmp_path, keep_text=True)
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 2: not JSON"),
-        ('["text"]', "line 2: .* is no JSON object"),
-        ('{"speaker": "x", "split": "train"}', "line 2: names no audio file"),
-        ('{"text": "x", "split": "dev"}', "line 2: .*split is 'dev'; it must be one of train, validation, test"),
-        ('{"text": "x", "gender": "F"}', "line 2: .*gender is 'F'; it must be one of female, male"),
-        ('{"text": "x", "voice_only": "perhaps"}', "line 2: .*voice_only is 'perhaps'; it must be true or false"),
-        ('{"text": "x", "turn": "third"}', "line 2: .*turn is 'third'; it must be a number"),
-        ('{"text": "x", "history": ["hello"]}', "line 2: .*history is .*it must be a list of"),
-    ],
-)
-def test_bad_lines_of_ones_own_corpus_are_named(tmp_path, line, message):
-    (tmp_path / "metadata.jsonl").write_text(f'{{"text": "good"}}\n{line}\n')
-    with pytest.raises(ValueError, match=rf"metadata\.jsonl, {message}"):
-        read_folder(tmp_path)
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252"])
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_ones_own_corpus_as_csv_or_lines_in_any_usual_encoding(tmp_path, kind, encoding):
-    """What editors and spreadsheets save; numbers where the schema has words."""
-    sound(tmp_path / "a.wav")
-    record = {"path": "a.wav", "transcript": "it’s a café", "speaker": 7, "pitch_hz": 120.5, "turn": 2, "mood": "x"}
-    second = {"path": "", "transcript": "nan", "speaker": "zoé", "pitch_hz": "", "turn": "", "mood": ""}
-    if kind == "csv":
-        lines = [",".join(record), *(",".join(map(str, r.values())) for r in (record, second))]
-    else:
-        lines = [json.dumps(r, ensure_ascii=False) for r in (record, second)]
-    (tmp_path / f"metadata.{kind}").write_text("\r\n".join(lines) + "\r\n", encoding=encoding)
-    write_table(read_folder(tmp_path), tmp_path / "t.parquet")
-    first, second = read_table(tmp_path / "t.parquet")
-    assert (first["transcript"], first["speaker"], first["pitch_hz"], first["turn"]) == ("it’s a café", "7", 120.5, 2)
-    assert (first["audio"], first["split"]) == (str(tmp_path / "a.wav"), "train")
-    assert (second["transcript"], second["speaker"], second["turn"]) == ("nan", "zoé", None)
-
-
-def test_ones_own_corpus_needs_metadata_and_whole_records(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither metadata\.jsonl nor metadata\.csv"):
-        read_folder(tmp_path)
-    (tmp_path / "metadata.csv").write_text("file,text,gender\na.wav,fox,male\nb.wav,d")
-    with pytest.raises(ValueError, match=r"metadata\.csv, line 3: fewer fields .*cut off\?"):
-        read_folder(tmp_path, allow_missing_audio=True)
-
-
-def test_rows_refuse_what_is_no_column_and_need_an_id():
-    with pytest.raises(ValueError, match=r"unknown columns \['mood'\]"):
-        make_row(id="a", corpus="c", split="train", mood="x")
-    with pytest.raises(ValueError, match="a row needs id"):
-        make_row(corpus="c", split="train", transcript="x")
-
-
 # ---- video -----------------------------------------------------------------------------------------------------------
 
 
@@ -556,97 +473,31 @@ def test_meld_sound_is_extracted_once_and_broken_clips_are_counted(tmp_path, mon
     assert (report[damaged], report.first[damaged]) == (2, str(clips / "dia0_utt2.mp4"))
     assert (report[missing], report.first[missing]) == (4, str(clips / "dia0_utt6.mp4"))
     for row in rows.values():
-        samples, rate = soundfile.read(row["audio"])
-        assert (rate, samples.ndim, Path(row["audio"]).suffix) == (16_000, 1, ".flac")
-        assert row["duration"] == len(samples) / rate == pytest.approx(0.5, abs=0.1)
+        samples, rate = soundfile.read(row.audio)
+        assert (rate, samples.ndim, Path(row.audio).suffix) == (16_000, 1, ".flac")
+        assert row.duration == len(samples) / rate == pytest.approx(0.5, abs=0.1)
         assert np.sqrt(np.mean(samples**2)) == pytest.approx(np.sqrt(np.mean(tone(0.5) ** 2)), rel=0.2)
     assert not list(tmp_path.rglob("*.part"))
 
-    first, second, _ = (Path(rows[name]["audio"]) for name in kept)
+    first, second, _ = (Path(rows[name].audio) for name in kept)
     second.unlink()
-    second.with_suffix(".part").write_bytes(b"fLaC cut off")  # killed on the way
+    scratch = second.with_name(second.name + ".part")
+    scratch.write_bytes(b"fLaC cut off")  # killed on the way
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.flac")}
     assert read("meld", tmp_path) == (rows, report)
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert second.read_bytes() == first.read_bytes()
 
     second.unlink()
-    second.with_suffix(".part").symlink_to("/dev/full")
+    scratch.symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"dia0_utt1\.flac: no space left") as full:
         read("meld", tmp_path)
     assert full.value.errno == errno.ENOSPC
-    assert first.exists() and not second.exists() and not second.with_suffix(".part").is_symlink()
+    assert first.exists() and not second.exists() and not scratch.is_symlink()
 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="ffmpeg is missing: `apt-get install ffmpeg`"):
         read("meld", tmp_path)
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def table_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
-
-
-def line(number: int, **more) -> dict:
-    return make_row(id=str(number), corpus="c", split="train", transcript=f"text {number}", **more)
-
-
-def test_a_table_gives_back_what_was_written(tmp_path):
-    full = line(1, duration=0.5, turn=0, history=[user("a"), assistant("b\nc")], response_complete=False)
-    rows = [full, line(2), *(line(n) for n in range(3, 1_503))]
-    assert write_table(iter(rows), tmp_path / "new" / "a.parquet") == 1_502
-    assert write_table([line(9_999, gender="male")], tmp_path / "b.parquet") == 1
-    both = read_table(tmp_path / "new" / "a.parquet", tmp_path / "b.parquet")
-    assert list(both) == [*rows, line(9_999, gender="male")]
-    assert both[0]["history"] == [user("a"), assistant("b\nc")] and both[1]["history"] == []
-    assert both[0]["response_complete"] is False and both[1]["response_complete"] is None
-    write_table([line(9_999, gender="female")], tmp_path / "b.parquet")  # not read from an older cache
-    assert read_table(tmp_path / "b.parquet")[0]["gender"] == "female"
-
-
-def test_what_is_no_table_is_named(tmp_path):
-    write_table([line(n) for n in range(50)], tmp_path / "whole.parquet")
-    whole = (tmp_path / "whole.parquet").read_bytes()
-    for name, content in {"cut": whole[: len(whole) // 2], "text": b"id,split\n1,train\n", "empty": b""}.items():
-        (tmp_path / f"{name}.parquet").write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name}\.parquet is no table, or it is damaged"):
-            read_table(tmp_path / "whole.parquet", tmp_path / f"{name}.parquet")
-    read_table(tmp_path / "whole.parquet").remove_columns(["emotion", "turn"]).to_parquet(tmp_path / "less.parquet")
-    with pytest.raises(ValueError, match=r"less\.parquet: no column emotion, turn; "):
-        read_table(tmp_path / "less.parquet")
-    with pytest.raises(FileNotFoundError, match=r"gone\.parquet does not exist: `dual-slm corpus read`"):
-        read_table(tmp_path / "gone.parquet")
-
-
-@pytest.mark.parametrize(
-    ("count", "fault", "message"),
-    [
-        (1_500, RuntimeError, "half-way"),
-        (0, ValueError, r"a\.parquet: there are no rows"),
-        (2_500, OSError, r"a\.parquet was not written .*no space left on the disk"),
-    ],
-)
-def test_a_table_that_cannot_be_written_leaves_the_older_one(tmp_path, count, fault, message):
-    def rows():
-        yield from (line(n) for n in range(count))
-        if fault is RuntimeError:
-            raise RuntimeError("half-way")
-
-    path = tmp_path / "a.parquet"
-    write_table([line(1)], path)
-    before = path.read_bytes()
-    if fault is OSError:
-        (tmp_path / "a.parquet.part").symlink_to("/dev/full")
-    with pytest.raises(fault, match=message) as raised:
-        write_table(rows(), path)
-    assert fault is not OSError or raised.value.errno == errno.ENOSPC
-    del raised
-    gc.collect()  # Arrow formats the writer's error as it goes; within another module's import CPython 3.11 trips on that
-    assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.parquet"]
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
@@ -656,83 +507,16 @@ def test_a_split_is_a_function_of_the_name_alone(tmp_path):
     def splits(actors):
         table(tmp_path / "VideoDemographics.csv", "ActorID,Sex", *((actor, "Male") for actor in actors))
         table(tmp_path / "SentenceFilenames.csv", "Filename", *((f"{actor}_IEO_HAP_LO",) for actor in actors))
-        return {row["speaker"]: row["split"] for row in read("cremad", tmp_path, keep_text=True)[0].values()}
+        return {row.speaker: row.split for row in read("cremad", tmp_path, keep_text=True)[0].values()}
 
     every, some = splits(range(1001, 1092)), splits(range(1091, 1000, -3))
     assert set(some.values()) == {"train", "validation", "test"}
     assert some == {speaker: every[speaker] for speaker in some}
 
-    code = "from dual_slm.training.corpora.schema import split_by; print([split_by(str(n), 3) for n in range(99)])"
+    code = "from dual_slm.training.text import split_by; print([split_by(str(n), 3) for n in range(99)])"
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     other = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert other.stdout.strip() == str([split_by(str(n), 3) for n in range(99)])
-
-
-def test_shares_are_even_and_splits_near_five_percent():
-    names = [f"speaker {n}" for n in range(10_000)]
-    draws = np.array([share(name) for name in names])
-    assert draws.min() >= 0 and draws.max() < 1
-    assert np.histogram(draws, 10, (0, 1))[0] == pytest.approx(1_000, abs=120)  # 4 standard deviations
-    found = collections.Counter(map(split_by, names))
-    assert found["validation"] == pytest.approx(500, abs=88) and found["test"] == pytest.approx(500, abs=88)
-    assert np.mean([split_by(name) == split_by(name, seed=1) for name in names]) < 0.85  # by chance 0.815
-
-
-def test_in_a_cross_validation_each_speaker_is_unheard_once_and_the_test_never_heard(tmp_path, capsys):
-    women, men = ("ann", "dot", "eve", "fay", "ivy"), ("bob", "cid", "gus", "hal")
-    people = sorted([(name, "female") for name in women] + [(name, "male") for name in men])
-    rows = [
-        line(10 * n + clip, speaker=name, gender=gender) | {"split": "test" if name == "ivy" else "train"}
-        for n, (name, gender) in enumerate(people)
-        for clip in range(2)
-    ]
-    write_table(rows, tmp_path / "all.parquet")
-    main(["corpus", "folds", str(tmp_path / "all.parquet"), "--folds", "4", "--out", str(tmp_path / "folds")])
-    assert "fold-4.parquet: train " in capsys.readouterr().out
-    tests = []
-    for number in range(1, 5):
-        fold = list(read_table(tmp_path / f"folds/fold-{number}.parquet"))
-        assert len(fold) == 16 and not leaks(fold)[0]
-        of = {split: {(r["speaker"], r["gender"]) for r in fold if r["split"] == split} for split in SPLITS}
-        assert len(of["validation"]) == 1 and len(of["train"]) == 5
-        assert {gender for _, gender in of["test"]} == {"female", "male"}
-        tests += of["test"]
-    assert sorted(tests) == people[:-1]
-
-    with pytest.raises(ValueError, match="9 folds of 8 speakers"):
-        next(cross_validated(rows, 9))
-    with pytest.raises(ValueError, match="1 has no speaker: folds are by speaker"):
-        next(cross_validated([line(1, speaker=None)], 3))
-
-
-def test_two_tables_may_not_hold_the_same_row(tmp_path):
-    """Replies, labels and splits are kept by corpus and id: two clips of one name would get each other's."""
-    for name in "ab":
-        write_table([line(1, audio=f"{name}.wav")], tmp_path / f"{name}.parquet")
-    write_table([line(1) | {"corpus": "other"}], tmp_path / "c.parquet")
-    with pytest.raises(ValueError, match=r"1 rows are in two tables, .*a\.parquet and .*b\.parquet, the first is '1'"):
-        read_table(tmp_path / "a.parquet", tmp_path / "b.parquet")
-    assert len(read_table(tmp_path / "a.parquet", tmp_path / "c.parquet")) == 2
-
-
-def test_a_folder_is_read_from_within_and_its_table_used_from_anywhere(tmp_path, monkeypatch):
-    corpus = tmp_path / "mine"
-    corpus.mkdir()
-    sound(corpus / "a.wav")
-    (corpus / "metadata.jsonl").write_text('{"file": "a.wav", "text": "the fox"}\n')
-    monkeypatch.chdir(corpus)
-    assert main(["corpus", "read", "folder", "--root", ".", "--out", str(tmp_path / "t.parquet")]) == 0
-    monkeypatch.chdir(tmp_path)
-    (found,) = read_table(tmp_path / "t.parquet")
-    assert (found["corpus"], found["id"]) == ("mine", "mine/a.wav")
-    assert Path(found["audio"]) == corpus / "a.wav"
-
-
-def test_what_was_wrong_is_told_where_nothing_is_left(tmp_path, capsys):
-    (tmp_path / "a.m4a").write_bytes(b"\0\0\0 ftypM4A " * 20)
-    (tmp_path / "metadata.jsonl").write_text('{"file": "a.m4a", "text": "the fox"}\n')
-    assert main(["corpus", "read", "folder", "--root", str(tmp_path), "--out", str(tmp_path / "t.parquet")]) == 1
-    assert "no row is left. 1 x damaged audio" in capsys.readouterr().err
 
 
 def test_a_person_in_two_corpora_has_one_name(tmp_path):
@@ -747,19 +531,7 @@ def test_a_person_in_two_corpora_has_one_name(tmp_path):
     found = {
         name: read(name, tmp_path / name, keep_text=True)[0] for name in ("cremad", "librispeech", "textrolspeech")
     }
-    again = [row | {"split": "test"} for row in found.pop("textrolspeech").values()]
-    others = [row | {"split": "train"} for rows in found.values() for row in rows.values()]
+    again = [row.replace(split="test") for row in found.pop("textrolspeech").values()]
+    others = [row.replace(split="train") for rows in found.values() for row in rows.values()]
     (leak,) = leaks(others + again)[0]
     assert leak == "2 x speaker in several splits, such as 'cremad_1001' in train and test"
-
-
-@needs_data
-def test_the_released_tables_share_no_speaker_between_splits():
-    from dual_slm.training.released import FOLDERS, recorded
-
-    tables = recorded(DATA, list(FOLDERS))
-    rows = [row for rows in tables.values() for row in rows]
-    assert leaks(rows)[0] == []
-    assert len({(row["corpus"], row["id"]) for row in rows}) == len(rows) > 3_000
-    heldout = {row["speaker"] for row in tables["librispeech_subset"] if row["split"] == "test"}
-    assert len(heldout) == 27
