@@ -109,3 +109,14 @@ def test_draws_do_not_depend_on_who_asks():
         assert sorted(key for batch in found for key in batch) == [(epoch, i) for i in range(12)]
     with pytest.raises(ValueError, match="a batch of 99 is larger than the 12 rows"):
         BucketSampler(dataset, 99, seed=0)
+
+
+def test_every_batch_has_its_share_of_each_kind_of_task():
+    """Sorted by length alone, batches would be all of one kind: words are asked for in longer answers."""
+    dataset = StageDataset(rows(60), stage(tasks={"asr": 1, "emotion": 1}), seed=1)
+    batches = list(BucketSampler(dataset, 6, seed=5))
+    kinds = [Counter(dataset[key].sample.kind for key in batch) for batch in batches]
+    share = sum((Counter(found) for found in kinds), Counter())
+    assert len(batches) == 10
+    for found in kinds:
+        assert all(abs(found[kind] - count / 10) <= 1 for kind, count in share.items())

@@ -8,16 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import TrainerCallback
 from world import world
 
 from conftest import make_model
 from dual_slm.training.alignment import score_targets
 from dual_slm.training.collator import DualSLMCollator, TrainingCollator
 from dual_slm.training.corpora.table import read_table
-from dual_slm.training.dataset import StageDataset
+from dual_slm.training.dataset import BucketSampler, StageDataset
 from dual_slm.training.err import Sources
 from dual_slm.training.features import FeatureStore
-from dual_slm.training.forward import forward_targets
+from dual_slm.training.forward import adapt_cached, forward_targets
 from dual_slm.training.hardware import checkpoint_activations
 from dual_slm.training.labels import TASKS
 from dual_slm.training.recipe import StageRecipe, TrainRecipe
@@ -223,3 +224,64 @@ def test_half_a_checkpoint_does_not_count(tmp_path):
             (tmp_path / f"checkpoint-{step}" / "complete").touch()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_an_adapter_that_err_freezes_in_a_step_keeps_its_bits(tiny_backbones, tmp_path, monkeypatch):
+    """Two optimizer steps of one kind of task each: momentum and decay move only the adapter that the step teaches."""
+    world(tmp_path, tiny_backbones, clips=24)
+    rows = list(read_table(tmp_path / "t.parquet"))
+    model, processor = make_model(tiny_backbones)
+    store = FeatureStore(tmp_path / "features", model.config)
+    store.build(rows, model, processor, workers=0)
+    asked = {"err_stage": "disentangle", "tasks": {"asr": 1, "emotion": 1}, "max_steps": 3}
+    learner = trainer((model, processor, store, rows), tmp_path / "out", **asked)
+    kinds = [learner.train_dataset[0, index].sample.kind for index in range(len(rows))]
+    batches = [[(0, i) for i, kind in enumerate(kinds) if kind == wanted][:4] for wanted in set(kinds)]
+    order = {"linguistic": 0, "paralinguistic": 1}
+    batches.sort(key=lambda batch: order[kinds[batch[0][1]]])
+    chosen = [batches[0], batches[1], batches[0]]  # the last has momentum of the paralinguistic adapter behind it
+    monkeypatch.setattr(BucketSampler, "__iter__", lambda self: iter(chosen))
+    before, after = [], []
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in model.named_parameters() if "_adapter." in name}
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            before.append(weights())
+
+        def on_step_end(self, args, state, control, **kwargs):
+            after.append(weights())
+
+    learner.add_callback(Watch())
+    learner.train()
+    moved = [
+        {name.split("_adapter.")[0] for name, p in old.items() if not torch.equal(p, new[name])}
+        for old, new in zip(before, after, strict=True)
+    ]
+    assert moved == [{"linguistic"}, {"paralinguistic"}, {"linguistic"}]
+
+
+def test_an_adapter_that_err_freezes_for_a_clip_has_no_dropout_there(tiny_backbones):
+    """In a batch of both kinds the clips that teach keep their dropout."""
+    model, _ = make_model(tiny_backbones, paralinguistic_dropout=0.5, linguistic_dropout=0.5)
+    states, lengths = (
+        torch.randn(4, 1, 30, 32, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([30, 20, 9, 30]),
+    )
+    states *= (torch.arange(30) < lengths[:, None])[:, None, :, None]
+    branches, trained = torch.ones(4, 2), torch.tensor([[1, 0], [0, 1], [0, 1], [1, 0]])
+    model.eval()
+    with torch.no_grad():
+        still = adapt_cached(model, states, lengths, branches)
+    model.train()
+    found = adapt_cached(model, states, lengths, branches, audio_trained=trained)
+    words = zip(found.linguistic_embeds.split([6, 4, 2, 6]), still.linguistic_embeds.split([6, 4, 2, 6]), strict=True)
+    pairs = {"voice": zip(found.paralinguistic_embeds, still.paralinguistic_embeds, strict=True), "words": words}
+    for column, (branch, clips) in enumerate(pairs.items()):
+        for row, (one, other) in enumerate(clips):
+            assert torch.allclose(one, other, atol=1e-6) != bool(trained[row, column]), (branch, row)
+            assert one.requires_grad
+    (found.paralinguistic_embeds[1:3].sum() + found.linguistic_embeds[:6].sum()).backward()
+    gradients_ = [p.grad for p in model.parameters() if p.grad is not None]
+    assert not any(gradient.any() for gradient in gradients_)

@@ -94,7 +94,9 @@ def balance(rows: list[Row], seed: int) -> list[Row]:
 
 
 class BucketSampler:
-    """Batches of similar size in random order, by (seed, epoch) alone. The last, incomplete batch is left out.
+    """Batches of similar size, each with its share of every kind of task, by (seed, epoch) alone.
+
+    The last, incomplete batch is left out.
 
     Args:
         batch_size: of all processes together.
@@ -123,12 +125,21 @@ class BucketSampler:
         draw.shuffle(order)
         order = order[: len(self) * self.batch_size]
         if self.bucketing:
-            sizes = {index: self.dataset.size(index, epoch) for index in order}
             spans = _groups(order, BUCKET_SPAN * self.batch_size)
-            order = [index for span in spans for index in sorted(span, key=sizes.__getitem__)]
+            order = [index for span in spans for index in self._mixed(span, epoch)]
         batches = _groups(order, self.batch_size)
         draw.shuffle(batches)
         yield from ([(epoch, index) for index in batch] for batch in batches)
+
+    def _mixed(self, span: list[int], epoch: int) -> list[int]:
+        """A span in the order of size within each kind of task, so that each batch has the span's share of each kind."""
+        ranks: dict[int, float] = {}
+        kinds = {index: self.dataset[epoch, index].sample.kind for index in span}
+        for kind in sorted(set(kinds.values())):
+            sizes = {index: self.dataset.size(index, epoch) for index in span if kinds[index] == kind}
+            by_size = sorted(sizes, key=sizes.__getitem__)
+            ranks |= {index: (place + 0.5) / len(by_size) for place, index in enumerate(by_size)}
+        return sorted(span, key=ranks.__getitem__)
 
 
 def _groups(items: list[int], size: int) -> list[list[int]]:

@@ -3,13 +3,13 @@
 Shapes: B rows, S tokens, A audio clips, L encoder layers read, T encoder frames, C the encoder's width.
 """
 
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters_dual_slm import AdaptedWords
 from ..modeling_dual_slm import DualSLMAudioFeatures, DualSLMForConditionalGeneration
 from .hardware import is_sharded
 
@@ -47,49 +47,58 @@ def adapt_cached(
         audio_pooled: (A, ...), what `ParalinguisticAdapter.pool` returned, which replaces the states.
         audio_trained: (A, 2), whether each adapter learns from each clip (ERR). Default: both do.
     """
-    embedding, adapter = model.get_input_embeddings(), model.paralinguistic_adapter
-    weight = adapter.output.weight
+    embedding, voice, words = model.get_input_embeddings(), model.paralinguistic_adapter, model.linguistic_adapter
+    weight = voice.output.weight
     states, lengths = audio_states.to(weight), audio_lengths.to(weight.device)
     hears_voice, hears_words = audio_branches.to(weight.device).bool().unbind(-1)
-    trained = torch.ones_like(audio_branches) if audio_trained is None else audio_trained
-    learns_voice, learns_words = trained.to(weight.device).bool().unbind(-1)
+    learns = torch.ones_like(audio_branches) if audio_trained is None or not torch.is_grad_enabled() else audio_trained
+    learns_voice, learns_words = learns.to(weight.device).bool().unbind(-1)
     features = DualSLMAudioFeatures()
     if hears_voice.any():
-        if audio_pooled is None:
-            embeds, logits = adapter(states[hears_voice], lengths[hears_voice], embedding)
-        else:
-            embeds, logits = adapter.embed(audio_pooled.to(states)[hears_voice], embedding)
-        learns = learns_voice[hears_voice].view(-1, *[1] * (embeds.ndim - 1))
-        features.paralinguistic_embeds = torch.where(learns, embeds, embeds.detach())
-        features.paralinguistic_logits = logits
+        pooled = None if audio_pooled is None else audio_pooled.to(states)
+
+        def adapt_voice(chosen: Tensor) -> Iterable[tuple]:
+            if pooled is None:
+                embeds, logits = voice(states[chosen], lengths[chosen], embedding)
+            else:
+                embeds, logits = voice.embed(pooled[chosen], embedding)
+            return zip(embeds, [None] * len(embeds) if logits is None else logits, strict=True)
+
+        embeds, logits = _adapt_clips(voice, hears_voice, learns_voice, adapt_voice)
+        features.paralinguistic_embeds = torch.stack(embeds)
+        features.paralinguistic_logits = None if logits[0] is None else torch.stack(logits)
     if hears_words.any():
-        lengths, learns = lengths[hears_words], learns_words[hears_words]
-        words = _adapt_words(model.linguistic_adapter, states[hears_words][:, -1], lengths, embedding, learns)
-        features.linguistic_embeds, features.linguistic_lengths = words.embeds, words.lengths
-        features.linguistic_placeholders = model.linguistic_adapter.output_lengths(lengths)
-        features.linguistic_token_ids = words.token_ids
+
+        def adapt_words(chosen: Tensor) -> Iterable[tuple]:
+            embeds, counts, tokens = words(states[chosen][:, -1], lengths[chosen], embedding)
+            sizes = counts.tolist()
+            ids = [None] * len(sizes) if tokens is None else tokens.split(sizes)
+            return zip(embeds.split(sizes), counts, ids, strict=True)
+
+        embeds, counts, tokens = _adapt_clips(words, hears_words, learns_words, adapt_words)
+        features.linguistic_embeds, features.linguistic_lengths = torch.cat(embeds), torch.stack(counts)
+        features.linguistic_placeholders = words.output_lengths(lengths[hears_words])
+        features.linguistic_token_ids = None if tokens[0] is None else torch.cat(tokens)
     return features
 
 
-def _adapt_words(
-    adapter: nn.Module, states: Tensor, lengths: Tensor, embedding: nn.Module, learns: Tensor
-) -> AdaptedWords:
-    """The linguistic adapter on (A, T, C), the clips that it does not learn from apart and without activations."""
-    clips: dict[int, tuple] = {}  # embeddings, their number and tokens of each clip
-    for chosen, with_gradient in ((learns, True), (~learns, False)):
+def _adapt_clips(
+    adapter: nn.Module, heard: Tensor, learns: Tensor, adapt: Callable[[Tensor], Iterable[tuple]]
+) -> list[tuple]:
+    """Outputs of the clips that are heard, in their order, each kind of output by itself.
+
+    ERR freezes an adapter for single samples (section III-C). Their clips run apart: without gradients, activations
+    and dropout.
+    """
+    clips: dict[int, tuple] = {}
+    for chosen, frozen in ((heard & learns, False), (heard & ~learns, True)):
         if chosen.any():
-            with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
-                embeds, counts, tokens = adapter(states[chosen], lengths[chosen], embedding)
-            sizes = counts.tolist()
-            parts = zip(
-                embeds.split(sizes),
-                counts,
-                [None] * len(sizes) if tokens is None else tokens.split(sizes),
-                strict=True,
-            )
-            clips.update(zip(chosen.nonzero()[:, 0].tolist(), parts, strict=True))
-    embeds, counts, tokens = zip(*(clips[place] for place in range(len(clips))), strict=True)
-    return AdaptedWords(torch.cat(embeds), torch.stack(counts), None if tokens[0] is None else torch.cat(tokens))
+            training = adapter.training
+            adapter.train(training and not frozen)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+                clips.update(zip(chosen.nonzero()[:, 0].tolist(), adapt(chosen), strict=True))
+            adapter.train(training)
+    return list(zip(*(clips[place] for place in sorted(clips)), strict=True))
 
 
 def forward_targets(

@@ -23,6 +23,9 @@ Mode = Literal["train", "eval"]
 _NOT_OF_THE_MODEL = ("prompt_", "teacher_", "caption_", "task_ids")
 
 
+_BRANCHES = ("paralinguistic", "linguistic")  # in the order of `audio_branches` and `audio_trained`
+
+
 class DualSLMTrainer(Seq2SeqTrainer):
     """Trains the adapters through the frozen LLM, each branch at its learning rate.
 
@@ -55,7 +58,8 @@ class DualSLMTrainer(Seq2SeqTrainer):
                     "neither a caption nor labels: set it to 0."
                 )
             self._anchors = list(label_rows(self.model, self.processing_class).values())
-        self.add_callback(_EndOfStep())
+        self._learns = torch.zeros(2, dtype=torch.bool)  # whether each adapter has learnt from a clip in this step
+        self.add_callback(_Steps(self))
         self._freeze()
 
     def _freeze(self) -> None:
@@ -146,6 +150,8 @@ class DualSLMTrainer(Seq2SeqTrainer):
         kept = self._caption_loss(output.audio_features, inputs, mode)
         loss = loss + kept / (self.current_gradient_accumulation_steps if mode == "train" else 1)
         if mode == "train":
+            heard = inputs["audio_trained"].bool() & inputs["audio_branches"].bool()
+            self._learns |= heard.any(0).cpu()
             # If a batch has one kind of task alone, the other adapter's gradient is zero, not missing.
             loss = loss + 0.0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)
             if not torch.isfinite(loss):
@@ -225,9 +231,27 @@ class DualSLMTrainer(Seq2SeqTrainer):
             )
         return loss, sequences[:, prompt.shape[1] :], inputs["labels"]
 
+    def hold_frozen_adapters(self) -> None:
+        """Keeps the optimizer from an adapter that no clip of the step teaches, in any process (ERR, section III-C).
 
-class _EndOfStep(TrainerCallback):
-    """Marks a checkpoint when all of it is written, so that no run starts from half of one, and returns freed memory."""
+        Its gradient is zero then, but momentum and weight decay would move it all the same.
+        """
+        learns = self.accelerator.reduce(self._learns.to(self.args.device, torch.float32)).cpu()
+        self._learns.zero_()
+        for name, parameter in self.model.named_parameters():
+            branch = name.split("_adapter.")[0]
+            if branch in _BRANCHES and not learns[_BRANCHES.index(branch)]:
+                parameter.grad = None
+
+
+class _Steps(TrainerCallback):
+    """Freezes what a step does not teach, returns freed memory, and marks checkpoints that are written to their end."""
+
+    def __init__(self, trainer: DualSLMTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.hold_frozen_adapters()
 
     def on_save(self, args, state, control, **kwargs):
         PartialState().wait_for_everyone()  # each process writes the state of its own random draws
