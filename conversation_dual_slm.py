@@ -6,6 +6,7 @@ from threading import Event, Thread
 import torch
 from transformers import DynamicCache, StoppingCriteria, TextIteratorStreamer
 
+from .templates_dual_slm import fit_messages
 from .turns_dual_slm import AUDIO_MARK
 
 
@@ -129,15 +130,15 @@ class DualSLMConversation:
 
     def _prompt(self) -> torch.Tensor:
         """Token ids of the conversation so far, (1, S), with placeholders."""
-        flat = []
-        for message in self.messages:
+        tokenizer, template, flat = self.processor.tokenizer, self.processor.chat_template, []
+        for message in fit_messages(self.messages, tokenizer, template):
             content = message["content"]
             if not isinstance(content, str):
                 content = "\n".join(p["_rendered"] if p["type"] == "audio" else p["text"] for p in content)
             flat.append({"role": message["role"], "content": content})
-        return self.processor.tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             flat,
-            chat_template=self.processor.chat_template,
+            chat_template=template,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

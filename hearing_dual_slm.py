@@ -6,6 +6,7 @@ import torch
 
 from .captions_dual_slm import CaptionSlots
 from .configuration_dual_slm import plain_text
+from .templates_dual_slm import encode_answer
 
 
 class HearingMixin:
@@ -13,6 +14,7 @@ class HearingMixin:
 
     tokenizer: Any
     apply_chat_template: Any
+    chat_template: str | None
     model_input_names: list[str]
     linguistic_adapter_type: str
     caption_slots: CaptionSlots | None
@@ -38,7 +40,7 @@ class HearingMixin:
         audio = {name: inputs[name] for name in self.model_input_names[2:] if name in inputs}
         if audio_features is None and audio:
             audio_features = model.get_audio_features(**audio)
-        rows = [self.tokenizer(a, add_special_tokens=False, return_tensors="pt")["input_ids"][0] for a in answers]
+        rows = [torch.tensor(encode_answer(a, self.tokenizer, self.chat_template)) for a in answers]
         prompt = inputs["input_ids"].to(device)
         return model.answer_log_probs(prompt, rows, audio_features=audio_features).softmax(0).tolist()
 

@@ -12,6 +12,7 @@ from .audio_dual_slm import count_frames, extract_log_mel, extract_waveforms, lo
 from .captions_dual_slm import CaptionSlots
 from .conversation_dual_slm import DualSLMConversation
 from .hearing_dual_slm import HearingMixin
+from .templates_dual_slm import fit_messages
 from .turns_dual_slm import AUDIO_MARK, SOURCES, SpokenTurn
 
 # Fields that a processor has in common with its model's config.
@@ -226,7 +227,7 @@ class DualSLMProcessor(HearingMixin, ProcessorMixin):
         padding_side: str | None = None,
         **template_kwargs,
     ):
-        """Renders one conversation, or a batch of them, through the LLM's own chat template.
+        """Renders one conversation, or a batch of them, through the LLM's own chat template, fitted by `fit_messages`.
 
         Args:
             conversation: messages with `role` and `content`. The content is a string, or a list of parts of type `text`
@@ -250,18 +251,18 @@ class DualSLMProcessor(HearingMixin, ProcessorMixin):
         if "sampling_rate" in template_kwargs:
             processor_kwargs = {"sampling_rate": template_kwargs.pop("sampling_rate"), **(processor_kwargs or {})}
         batched = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
-        texts, clips = [], []
+        texts, clips, template = [], [], chat_template or self.chat_template
         conversations: list[Any] = conversation if batched else [conversation]
         for messages in conversations:
             flat = []
-            for message in messages:
+            for message in fit_messages(messages, self.tokenizer, template):
                 content, audio = self._flatten(message)
                 clips += audio
                 flat.append({**message, "content": content})
             texts.append(
                 self.tokenizer.apply_chat_template(
                     flat,
-                    chat_template=chat_template or self.chat_template,
+                    chat_template=template,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
                     tokenize=False,

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..backbones_dual_slm import fingerprint, name_in_errors, resolve_backbone
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
+from ..templates_dual_slm import fit_messages
 from .collator import DualSLMCollator, Teacher
 from .corpora.checks import Report
 from .corpora.row import Row
@@ -71,7 +72,7 @@ class Aligner:
         if self.config.mood is not None:
             spoken.pop("caption", None)
             told = self.config.mood.format(emotion=row.emotion) if row.emotion else system
-        twin = text_twin(conversation(told, row.history, [spoken]))
+        twin = fit_messages(text_twin(conversation(told, row.history, [spoken])), self.tokenizer)
         return system, self.tokenizer.apply_chat_template(twin, add_generation_prompt=True, tokenize=False)
 
     def key(self, prompt: str) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..processing_dual_slm import DualSLMProcessor
+from ..templates_dual_slm import encode_answer
 from .corpora.row import Row
 from .err import Sources
 from .features import FeatureStore
@@ -33,12 +34,13 @@ class DualSLMCollator:
         ask = [{"role": "user", "content": "Question?"}]
         prompt = str(processor.apply_chat_template(ask, add_generation_prompt=True))
         whole = str(processor.apply_chat_template([*ask, {"role": "assistant", "content": "Answer."}]))
-        if not whole.startswith(prompt + "Answer."):
+        start, answer, end = whole.rpartition("Answer.")
+        if not answer or start.rstrip() != prompt.rstrip() or not start.startswith(prompt):
             raise ValueError(
                 f"the chat template writes {whole!r} for a question and its answer, which does not begin with the prompt "
                 f"{prompt!r} and the answer. Give a chat_template without additions to the processor."
             )
-        self.end = encode(self.tokenizer, whole[len(prompt) + len("Answer.") :])[:1]  # without the line break after it
+        self.end = encode(self.tokenizer, end)[:1]  # without the line break after it
         if not self.end:
             raise ValueError("the chat template writes nothing behind an answer: the model could not learn to stop.")
 
@@ -50,7 +52,8 @@ class DualSLMCollator:
         rows, labels = [], []
         for sample, prompt, real in zip(samples, prompts, mask, strict=True):
             prompt = prompt[real.bool()]
-            target = torch.tensor(encode(self.tokenizer, sample.target) + (self.end if sample.complete else []))
+            target = encode_answer(sample.target, self.tokenizer, self.processor.chat_template)
+            target = torch.tensor(target + (self.end if sample.complete else []))
             rows.append(torch.cat([prompt, target]))
             labels.append(torch.cat([torch.full_like(prompt, -100), target]))
         batch = {

@@ -236,7 +236,7 @@ class DualSLMTrainer(Seq2SeqTrainer):
 
         Its gradient is zero then, but momentum and weight decay would move it all the same.
         """
-        learns = self.accelerator.reduce(self._learns.to(self.args.device, torch.float32)).cpu()
+        learns: Any = self.accelerator.reduce(self._learns.to(self.args.device, torch.float32))
         self._learns.zero_()
         for name, parameter in self.model.named_parameters():
             branch = name.split("_adapter.")[0]
