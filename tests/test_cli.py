@@ -50,7 +50,7 @@ def test_every_command_and_argument_is_explained():
 
 def test_the_commands_are_the_known_ones():
     names = [parser.prog.removeprefix("dual-slm ") for parser in reference._leaves(build_parser())]
-    corpus = [f"corpus {name}" for name in ("build", "read", "folds", "label", "stats", "show")]
+    corpus = [f"corpus {name}" for name in ("build", "read", "folds", "label", "stats", "overlap", "show")]
     assert names == [
         *("backbones", "reply"),
         *corpus,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..templates_dual_slm import fit_messages
 from .corpora import CORPORA
 from .corpora.row import Row
 from .labels import ATTRIBUTES, SPLITS
@@ -74,7 +75,7 @@ def first_speech_positions(rows: Sequence[Row], tokenizer: Any, seed: int = 0, l
         task = "dialogue" if "dialogue" in tasks else tasks[index % len(tasks)]
         messages = make_sample(row, task, choices, seed).messages
         spoken = {**messages[-1], "content": "<|audio|>"}
-        text = tokenizer.apply_chat_template([*messages[:-1], spoken], tokenize=False)
+        text = tokenizer.apply_chat_template(fit_messages([*messages[:-1], spoken], tokenizer), tokenize=False)
         positions.append(len(tokenizer(text.split("<|audio|>")[0], add_special_tokens=False)["input_ids"]))
         if len(positions) == limit:
             break

@@ -1,7 +1,9 @@
-"""`dual-slm corpus`: build, read, folds, label, stats and show."""
+"""`dual-slm corpus`: build, read, folds, label, stats, overlap and show."""
 
 import argparse
+import dataclasses
 import itertools
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 def register(subparsers) -> None:
     text = "Corpora as tables of conversations."
     corpus = subparsers.add_parser("corpus", help="make, read and inspect corpora", description=text)
-    names = "build | read | folds | label | stats | show"
+    names = "build | read | folds | label | stats | overlap | show"
     commands = corpus.add_subparsers(dest="corpus", required=True, metavar=names)
 
     parser = add_command(commands, "build", build)
@@ -54,6 +56,12 @@ def register(subparsers) -> None:
     parser.add_argument("--out", metavar="PNG", help="default: beside the first table")
     parser.add_argument("--tokenizer", default="smollm2-135m-instruct", help="the LLM whose tokens count positions")
     parser.add_argument("--check", action="store_true", help="exit with 1 if two splits share a speaker or dialogue")
+
+    parser = add_command(commands, "overlap", overlap)
+    parser.add_argument("test", metavar="TEST", help="table whose validation and test rows are compared")
+    parser.add_argument("--train", nargs="+", required=True, metavar="TABLE", help="tables whose training rows count")
+    parser.add_argument("--checkpoint", help="folder or Hub id whose lexicon is compared too (type `letters`)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
     parser = add_command(commands, "show", show)
     parser.add_argument("table", help="Parquet file of `corpus read`")
@@ -161,6 +169,34 @@ def stats(args: argparse.Namespace) -> None:
     print(f"\npicture in {out}")
     if args.check and leaks(rows)[0]:
         raise ValueError("splits leak into each other (--check), see above.")
+
+
+def overlap(args: argparse.Namespace) -> None:
+    """Print the sentences, n-grams, speakers and clips that test data share with training data, and with a lexicon."""
+    from ..corpora.table import read_table
+    from ..overlap import NOTE, PROVENANCE, compare, describe_overlap, read_lexicon
+
+    test = [row for row in read_table(args.test) if row.split != "train"]
+    train = [row for table in args.train for row in read_table(table) if row.split == "train"]
+    for rows, tables, splits in ((test, [args.test], "validation or test"), (train, args.train, "train")):
+        if not rows:
+            raise ValueError(f"{', '.join(tables)}: no row has the split {splits}, so there is nothing to compare.")
+    if args.checkpoint and not Path(args.checkpoint).is_dir() and args.checkpoint.count("/") != 1:
+        raise FileNotFoundError(f"{args.checkpoint}: no such folder, and no Hub id (OWNER/NAME).")
+    lexicon = read_lexicon(args.checkpoint) if args.checkpoint else None
+    overlaps = compare(test, train, lexicon)
+    notes = f"{NOTE}\n{PROVENANCE}" if lexicon else NOTE
+    if args.json:
+        known = {"train": args.train, "train_rows": len(train), "checkpoint": args.checkpoint}
+        print(
+            json.dumps(
+                known | {"overlaps": [dataclasses.asdict(found) for found in overlaps], "notes": notes.splitlines()}
+            )
+        )
+        return
+    nameless = sum(not row.speaker for row in train)
+    print(f"training: {len(train):,} rows of {', '.join(args.train)}; {nameless:,} name no speaker")
+    print(*(f"\n{describe_overlap(found)}" for found in overlaps), f"\n{notes}", sep="\n")
 
 
 def show(args: argparse.Namespace) -> None:
