@@ -2,6 +2,7 @@
 
 The content of its audio identifies a clip. The encoder, its padding and the inputs of the adapters identify a folder of
 shards. A shard is a memory-mapped safetensors file, written whole or not at all, so an interrupted build can go on.
+The store is our own because `datasets` caches by position in a table, and tables share clips.
 """
 
 import copy

@@ -56,7 +56,10 @@ def read_json(path: str | Path) -> Any:
 
 
 class Journal:
-    """JSON values by key, appended to a file. After a kill it holds every value up to the last whole line."""
+    """JSON values by key, appended to a file. After a kill it holds every value up to the last whole line.
+
+    It is our own because a database would be no text that a reader can open, and a log library reads nothing back.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)

@@ -1,7 +1,8 @@
 """Metrics with confidence intervals.
 
 Each speaker has a tally: an array of counts such as word errors and words, or a confusion matrix. A metric is a function of
-the sum of tallies, so that the bootstrap draws speakers instead of samples.
+the sum of tallies, so that the bootstrap draws speakers instead of samples. It is our own because scipy's resamples single
+values, and a draw here costs one sum.
 """
 
 from collections.abc import Callable, Iterable
