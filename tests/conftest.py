@@ -1,11 +1,15 @@
 """Tiny random backbones of the real classes, and the real ones from the package index."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker, and for the processes that it starts
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -26,6 +30,9 @@ from dual_slm.training.forward import load_state
 from dual_slm.training.spelling import lexicon_rows
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+# Real speech beside the checkout. A user has none: tests of it are skipped then.
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
@@ -158,6 +165,18 @@ def paper(tiny_backbones):
 @pytest.fixture(scope="session")
 def letters(tiny_backbones):
     return make_model(tiny_backbones, kind="letters")
+
+
+@pytest.fixture
+def table_cache(tmp_path, monkeypatch):
+    """Tables are read through a cache of the test's own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
+def run_cli(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """`dual-slm` in a process of its own."""
+    command = [sys.executable, "-m", "dual_slm.training.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False, **options)
 
 
 def tone(seconds: float, seed: int = 0) -> np.ndarray:

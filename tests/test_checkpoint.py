@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
 
+from conftest import run_cli
 from dual_slm.backbones_dual_slm import resolve_backbone
 from dual_slm.training.files import DEMO_CLIP, DEMO_TRANSCRIPT
 
@@ -26,18 +27,13 @@ def released():
     return AutoModelForMultimodalLM.from_pretrained(CHECKPOINT), AutoProcessor.from_pretrained(CHECKPOINT)
 
 
-def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "dual_slm.training.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
-
-
 def words(text: str) -> set[str]:
     return set("".join(c for c in text.lower() if c.isalpha() or c == " ").split())
 
 
 @pytest.mark.slow
 def test_reply_hears_the_clip_and_answers():
-    result = run("reply", str(DEMO_CLIP), str(DEMO_CLIP), "--json", "--max-new-tokens", "12")
+    result = run_cli("reply", str(DEMO_CLIP), str(DEMO_CLIP), "--json", "--max-new-tokens", "12")
     assert result.returncode == 0, result.stderr
     turns = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(turns) == 2
@@ -52,7 +48,7 @@ def test_reply_hears_the_clip_and_answers():
 
 @pytest.mark.slow
 def test_the_commercial_checkpoint_hears_words_and_voice_but_no_emotion():
-    result = run("reply", "--model", str(COMMERCIAL), str(DEMO_CLIP), "--json", "--max-new-tokens", "8")
+    result = run_cli("reply", "--model", str(COMMERCIAL), str(DEMO_CLIP), "--json", "--max-new-tokens", "8")
     assert result.returncode == 0, result.stderr
     turn = json.loads(result.stdout)
     said = words(DEMO_TRANSCRIPT.read_text())
@@ -63,7 +59,7 @@ def test_the_commercial_checkpoint_hears_words_and_voice_but_no_emotion():
 
 @pytest.mark.slow
 def test_reply_prints_for_people_and_takes_a_typed_conversation():
-    result = run("reply", "--max-new-tokens", "8", input=f"{DEMO_CLIP}\nHello!\nmissing.wav\n\n")
+    result = run_cli("reply", "--max-new-tokens", "8", input=f"{DEMO_CLIP}\nHello!\nmissing.wav\n\n")
     assert result.returncode == 0, result.stderr
     assert "heard" in result.stdout
     assert "attributes  gender female" in result.stdout
@@ -82,7 +78,7 @@ def test_the_checkpoint_is_small_and_holds_adapters_only(checkpoint):
 @pytest.mark.slow
 def test_emosllm_names_the_emotion_with_a_probability_for_each():
     """Words by Whisper's own decoder, since this checkpoint takes them as text."""
-    result = run("reply", "--model", str(EMOSLLM), str(DEMO_CLIP), "--json", "--max-new-tokens", "8")
+    result = run_cli("reply", "--model", str(EMOSLLM), str(DEMO_CLIP), "--json", "--max-new-tokens", "8")
     assert result.returncode == 0, result.stderr
     turn = json.loads(result.stdout)
     assert set(turn["probabilities"]) == {"emotion"}

@@ -11,16 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from conftest import make_model, tone
+from conftest import make_model, run_cli, tone
 from dual_slm.training import reference
 from dual_slm.training.cli import build_parser, main
 from dual_slm.training.corpora.table import read_table
 from dual_slm.training.files import DEMO_CLIP, RECIPES
-
-
-def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "dual_slm.training.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +136,9 @@ def test_a_missing_package_is_told_with_its_cure(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_an_unknown_checkpoint_is_named():
-    result = run("reply", str(DEMO_CLIP), "--model", "no-such-checkpoint", env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    result = run_cli(
+        "reply", str(DEMO_CLIP), "--model", "no-such-checkpoint", env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
     assert result.returncode == 1
     assert "no-such-checkpoint" in result.stderr
     assert "Traceback" not in result.stderr
@@ -206,7 +203,7 @@ def test_long_commands_run_with_an_allocator_that_keeps_its_memory(tmp_path):
     clean = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | {"PYTHONPATH": os.pathsep.join(paths)}
 
     def starts(command: list[str], environment: dict) -> list[str]:
-        done = run(*command, env=environment)
+        done = run_cli(*command, env=environment)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
         return [line for line in done.stderr.splitlines() if line.startswith("tunables:")]

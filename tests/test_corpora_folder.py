@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 import soundfile
 
@@ -12,10 +11,7 @@ from dual_slm.training.cli import main
 from dual_slm.training.corpora.folder import read_folder
 from dual_slm.training.corpora.table import read_table, write_table
 
-
-@pytest.fixture(autouse=True)
-def table_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+pytestmark = pytest.mark.usefixtures("table_cache")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Speaker-disjoint cross-validation."""
 
-import datasets
 import pytest
 
 from dual_slm.training.cli import main
@@ -10,10 +9,7 @@ from dual_slm.training.corpora.table import read_table, write_table
 from dual_slm.training.labels import SPLITS
 from dual_slm.training.stats import leaks
 
-
-@pytest.fixture(autouse=True)
-def table_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+pytestmark = pytest.mark.usefixtures("table_cache")
 
 
 def line(number: int, **more) -> Row:

@@ -11,12 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import soundfile
 
-from conftest import tone
+from conftest import SHARED_DATA, tone
 from dual_slm.training.corpora import CORPORA, reader
 from dual_slm.training.corpora.checks import Report, check_rows
 from dual_slm.training.corpora.row import Row
@@ -25,14 +24,11 @@ from dual_slm.training.corpora.textrolspeech import speaker_of
 from dual_slm.training.stats import leaks
 from dual_slm.training.text import split_by
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+pytestmark = pytest.mark.usefixtures("table_cache")
+
+DATA = SHARED_DATA
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real metadata is not at {DATA}")
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
-
-
-@pytest.fixture(autouse=True)
-def table_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
 
 
 def sound(path: Path, seconds: float = 0.5) -> None:

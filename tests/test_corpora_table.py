@@ -3,16 +3,12 @@
 import errno
 import gc
 
-import datasets
 import pytest
 
 from dual_slm.training.corpora.row import Row, make_row
 from dual_slm.training.corpora.table import read_table, write_table
 
-
-@pytest.fixture(autouse=True)
-def table_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+pytestmark = pytest.mark.usefixtures("table_cache")
 
 
 def line(number: int, **more) -> Row:

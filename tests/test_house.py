@@ -22,11 +22,11 @@ BLOCK = 6  # lines that may not stand in two places
 
 # Lowest floor first; a module imports from its own floor and from lower ones. Root modules are below all of these.
 FLOORS = (
-    ("files", "labels", "prompts", "text", "hardware", "allocator"),
+    ("files", "labels", "prompts", "text", "hardware", "allocator", "batches"),
     ("backbones", "corpora"),
     ("attributes", "augmentation"),
-    ("tasks", "parsing", "err", "stats", "overlap"),
-    ("features", "spelling", "collator", "alignment", "forward"),
+    ("tasks", "parsing", "err", "stats"),
+    ("features", "spelling", "collator", "alignment", "forward", "overlap"),
     ("recipe", "warm_start"),
     ("dataset", "trainer"),
     ("build", "data", "stages", "plan"),

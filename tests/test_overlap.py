@@ -1,24 +1,19 @@
 """What a test shares with training data and with a lexicon."""
 
 import json
-from pathlib import Path
 
-import datasets
 import pytest
 
-from conftest import make_model
+from conftest import SHARED_DATA, make_model
 from dual_slm.training.cli import main
 from dual_slm.training.corpora.folder import read_folder
 from dual_slm.training.corpora.row import Row, make_row
 from dual_slm.training.corpora.table import write_table
 from dual_slm.training.overlap import KnownWords, Shared, compare, describe_overlap, read_lexicon
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+pytestmark = pytest.mark.usefixtures("table_cache")
 
-
-@pytest.fixture(autouse=True)
-def table_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+DATA = SHARED_DATA
 
 
 def said(text: str | None, split: str = "test", name: str | None = None, **more) -> Row:

@@ -6,15 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import SHARED_DATA
 from dual_slm.training import released
 from dual_slm.training.stats import leaks
 
-DATA = Path("/work/shared/data")
 
-
-@pytest.mark.skipif(not DATA.is_dir(), reason="real speech is not here")
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="real speech is not here")
 def test_the_released_tables_share_no_speaker_between_splits():
-    tables = released.recorded(DATA, list(released.FOLDERS))
+    tables = released.recorded(SHARED_DATA, list(released.FOLDERS))
     rows = [row for rows in tables.values() for row in rows]
     assert leaks(rows)[0] == []
     assert len({row.key for row in rows}) == len(rows) > 3_000

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..backbones_dual_slm import fingerprint, name_in_errors, resolve_backbone
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..templates_dual_slm import fit_messages
+from .batches import batched
 from .collator import DualSLMCollator, Teacher
 from .corpora.checks import Report
 from .corpora.row import Row
@@ -158,8 +159,7 @@ def _answer(prompts: dict[str, str], aligner: Aligner, journal: Journal) -> None
     gives the same bytes as an uninterrupted one.
     """
     plan = sorted(prompts, key=lambda key: (len(encode(aligner.tokenizer, prompts[key])), key))
-    size = aligner.config.batch_size
-    batches = [plan[start : start + size] for start in range(0, len(plan), size)]
+    batches = batched(plan, aligner.config.batch_size)
     todo = [batch for batch in batches if not journal.values.keys() >= set(batch)]
     with tqdm(total=sum(map(len, todo)), desc="alignment", unit=" replies") as bar:
         for batch in reversed(todo):  # the longest first, so that too little memory shows at once
@@ -175,8 +175,7 @@ def score_targets(
     """The teachers of KL: the frozen LLM's `k` most likely tokens at each target token of the dialogues' text twins."""
     scores: dict[int, Teacher] = {}
     order = sorted(range(len(samples)), key=lambda place: sum(len(str(m["content"])) for m in samples[place].messages))
-    for start in tqdm(range(0, len(order), batch_size), desc="teacher", unit=" batches"):
-        part = order[start : start + batch_size]
+    for part in tqdm(batched(order, batch_size), desc="teacher", unit=" batches"):
         batch = collator([replace(samples[place], messages=text_twin(samples[place].messages)) for place in part])
         inputs: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in batch.items()}
         output = forward_targets(model, **inputs)

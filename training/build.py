@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from ..backbones_dual_slm import resolve_backbone
@@ -20,6 +19,7 @@ from .hardware import fast_dtype
 from .labels import ATTRIBUTE_LABELS, CAPTION_TEMPLATE
 from .prompts import PROMPTS
 from .recipe import ModelRecipe, Recipe
+from .spelling import read_linguistic_state
 
 
 def adapter_defaults(model_args: ModelRecipe) -> dict[str, Any]:
@@ -133,16 +133,13 @@ def take_linguistic(model: DualSLMForConditionalGeneration, checkpoint: Path) ->
     The adapter depends on the speech encoder alone. Stage 0 spells the lexicon anew in the tokens of the model's LLM.
     Another encoder, alphabet or shape is a ValueError.
     """
-    state = load_file(checkpoint / "model.safetensors")
-    state = {n.removeprefix("linguistic_adapter."): t for n, t in state.items() if n.startswith("linguistic_adapter.")}
+    state = read_linguistic_state(checkpoint / "model.safetensors")
     config, adapter = read_json(checkpoint / "config.json"), model.linguistic_adapter
     if config["audio_model_fingerprint"] != model.config.audio_model_fingerprint:
         raise ValueError(f"warm_start.linguistic_from: {checkpoint} was trained with another audio backbone.")
     letters = config.get("linguistic_letters", ALPHABET)
     if letters != model.config.linguistic_letters:
         raise ValueError(f"warm_start.linguistic_from: {checkpoint} writes in other letters, {letters!r}.")
-    if "lexicon.counts" in state:  # written before there were bigrams, it has none
-        state.setdefault("lexicon.pairs", torch.zeros(0, 3, dtype=torch.int32))
     buffers = dict(adapter.named_buffers())  # words and bigrams: as many as there were
     known = {name: tensor.shape for name, tensor in adapter.state_dict().items()}
     wrong = [name for name, tensor in state.items() if known.get(name) != tensor.shape and name not in buffers]

@@ -7,6 +7,7 @@ from itertools import count
 
 from torch.utils.data import Dataset
 
+from .batches import batched
 from .collator import Item, Teacher
 from .corpora.row import Row
 from .err import draw_sources
@@ -76,12 +77,15 @@ class StageDataset(Dataset[Item]):
 
     def size(self, index: int, epoch: int = 0) -> int:
         """Length of an item's texts in characters, with the history as it is cut in this epoch."""
-        item = self[epoch, index]
-        size = len(item.sample.target) + len(item.row.transcript or "")
-        for message in item.sample.messages:
-            parts = message["content"]
-            size += len(parts) if isinstance(parts, str) else sum(len(part.get("text", "")) for part in parts)
-        return size
+        return _size(self[epoch, index])
+
+
+def _size(item: Item) -> int:
+    size = len(item.sample.target) + len(item.row.transcript or "")
+    for message in item.sample.messages:
+        parts = message["content"]
+        size += len(parts) if isinstance(parts, str) else sum(len(part.get("text", "")) for part in parts)
+    return size
 
 
 def balance(rows: list[Row], seed: int) -> list[Row]:
@@ -125,22 +129,20 @@ class BucketSampler:
         draw.shuffle(order)
         order = order[: len(self) * self.batch_size]
         if self.bucketing:
-            spans = _groups(order, BUCKET_SPAN * self.batch_size)
+            spans = batched(order, BUCKET_SPAN * self.batch_size)
             order = [index for span in spans for index in self._mixed(span, epoch)]
-        batches = _groups(order, self.batch_size)
+        batches = batched(order, self.batch_size)
         draw.shuffle(batches)
         yield from ([(epoch, index) for index in batch] for batch in batches)
 
     def _mixed(self, span: list[int], epoch: int) -> list[int]:
         """A span in the order of size within each kind of task, so that each batch has the span's share of each kind."""
+        kinds: dict[str, dict[int, int]] = defaultdict(dict)  # kind -> index -> size
+        for index in span:
+            item = self.dataset[epoch, index]
+            kinds[item.sample.kind][index] = _size(item)
         ranks: dict[int, float] = {}
-        kinds = {index: self.dataset[epoch, index].sample.kind for index in span}
-        for kind in sorted(set(kinds.values())):
-            sizes = {index: self.dataset.size(index, epoch) for index in span if kinds[index] == kind}
+        for sizes in kinds.values():
             by_size = sorted(sizes, key=sizes.__getitem__)
             ranks |= {index: (place + 0.5) / len(by_size) for place, index in enumerate(by_size)}
         return sorted(span, key=ranks.__getitem__)
-
-
-def _groups(items: list[int], size: int) -> list[list[int]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]

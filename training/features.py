@@ -133,9 +133,7 @@ class FeatureStore:
         read, bad = functools.partial(_read_clips, processor), []
         try:
             for number in tqdm(range(count), desc="encoder features", unit=" shards"):
-                shard: Any = todo[
-                    number::count
-                ]  # clips of all lengths, so that no shard takes much longer than others
+                shard: Any = todo[number::count]  # of all lengths, so that no shard takes much longer
                 loader = DataLoader(shard, BATCH, collate_fn=read, num_workers=workers)
                 bad += self._build_shard(loader, model, skip_damaged)
         finally:

@@ -12,6 +12,7 @@ from ..backbones_dual_slm import name_in_errors
 from ..configuration_dual_slm import ALPHABET, DualSLMConfig
 from ..letters_dual_slm import Lexicon
 from .corpora.row import Row
+from .spelling import read_linguistic_state
 from .text import normalize
 
 ORDERS = (2, 3, 4, 5)  # of n-grams
@@ -54,16 +55,15 @@ class KnownWords:
 
 def read_lexicon(checkpoint: str) -> KnownWords:
     """The lexicon of a checkpoint, a folder or a Hub id. A linguistic adapter without a lexicon is a ValueError."""
-    from safetensors.torch import load_file
     from transformers.utils.hub import cached_file
 
     with name_in_errors(checkpoint):
         config: Any = DualSLMConfig.from_pretrained(checkpoint)
-        state = load_file(str(cached_file(checkpoint, "model.safetensors")))
+        state = read_linguistic_state(str(cached_file(checkpoint, "model.safetensors")))
     if (kind := config.linguistic_adapter_type) != "letters":
         raise ValueError(f"{checkpoint}: linguistic_adapter_type {kind!r} has no lexicon, only 'letters' has one.")
     lexicon = Lexicon(config.linguistic_lexicon_size, config.linguistic_lexicon_pairs)
-    lexicon.load_state_dict({name: state[f"linguistic_adapter.lexicon.{name}"] for name in lexicon.state_dict()})
+    lexicon.load_state_dict({name: state[f"lexicon.{name}"] for name in lexicon.state_dict()})
     words, bigrams = lexicon.known(config.linguistic_letters)
     return KnownWords(set(words), set(map(" ".join, bigrams)), config.linguistic_letters)
 

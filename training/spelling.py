@@ -1,9 +1,11 @@
 """Spells transcripts, captions and labels as what stage 0 teaches the adapters: letters, caption tokens, embedding rows."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from ..letters_dual_slm import Lexicon
@@ -68,6 +70,15 @@ def _lexicon_entries(tokenizer, words: Mapping[str, int], alphabet: str) -> dict
             ids = encode(tokenizer, f" {word}")
             entries[f" {word}"] = (count, ids if len(ids) <= Lexicon.most else [])
     return {spelling: row for spelling, row in sorted(entries.items()) if len(spelling) <= Lexicon.longest}
+
+
+def read_linguistic_state(file: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of the linguistic adapter in a checkpoint's model.safetensors, named as the adapter does."""
+    prefix = "linguistic_adapter."
+    state = {name.removeprefix(prefix): t for name, t in load_file(file).items() if name.startswith(prefix)}
+    if "lexicon.counts" in state:  # written before there were bigrams, it has none
+        state.setdefault("lexicon.pairs", torch.zeros(0, 3, dtype=torch.int32))
+    return state
 
 
 def caption_targets(rows: Sequence[Row], processor: DualSLMProcessor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..templates_dual_slm import fit_messages
+from ..turns_dual_slm import AUDIO_MARK
 from .corpora import CORPORA
 from .corpora.row import Row
 from .labels import ATTRIBUTES, SPLITS
@@ -74,9 +75,9 @@ def first_speech_positions(rows: Sequence[Row], tokenizer: Any, seed: int = 0, l
         # Positions are varied for dialogues, so a row that can be a dialogue is one.
         task = "dialogue" if "dialogue" in tasks else tasks[index % len(tasks)]
         messages = make_sample(row, task, choices, seed).messages
-        spoken = {**messages[-1], "content": "<|audio|>"}
+        spoken = {**messages[-1], "content": AUDIO_MARK}
         text = tokenizer.apply_chat_template(fit_messages([*messages[:-1], spoken], tokenizer), tokenize=False)
-        positions.append(len(tokenizer(text.split("<|audio|>")[0], add_special_tokens=False)["input_ids"]))
+        positions.append(len(tokenizer(text.split(AUDIO_MARK)[0], add_special_tokens=False)["input_ids"]))
         if len(positions) == limit:
             break
     return positions

@@ -11,6 +11,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallba
 
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..processing_dual_slm import DualSLMProcessor
+from ..turns_dual_slm import SOURCES
 from .collator import TrainingCollator
 from .dataset import BucketSampler, StageDataset
 from .forward import accept_targets, adapt_cached
@@ -23,7 +24,7 @@ Mode = Literal["train", "eval"]
 _NOT_OF_THE_MODEL = ("prompt_", "teacher_", "caption_", "task_ids")
 
 
-_BRANCHES = ("paralinguistic", "linguistic")  # in the order of `audio_branches` and `audio_trained`
+_BRANCHES = tuple(SOURCES)  # in the order of `audio_branches` and `audio_trained`
 
 
 class DualSLMTrainer(Seq2SeqTrainer):

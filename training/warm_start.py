@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..processing_dual_slm import DualSLMProcessor
+from .batches import batched
 from .corpora.row import Row
 from .features import FeatureStore, pad_frames
 from .files import atomic
@@ -284,8 +285,7 @@ def read_labels(
     anchors, figures = label_rows(model, processor), {}
     for place, (name, labels) in enumerate((processor.attribute_labels or {}).items()):
         known, right = [row for row in rows if row.label(name) in labels], 0
-        for start in range(0, len(known), 40):
-            part = known[start : start + 40]
+        for part in batched(known, 40):
             with torch.inference_mode():
                 outputs, _ = model.paralinguistic_adapter(*(t.to(model.device) for t in store.batch(part)))
             best = (outputs[:, place :: len(anchors)].mean(1) @ anchors[name].T).argmax(-1)

@@ -73,6 +73,12 @@ def load(args: argparse.Namespace) -> "tuple[DualSLMForConditionalGeneration, Du
     return load_checkpoint(args.model or default_checkpoint(), **options, **given)
 
 
+def check_checkpoint_name(name: str) -> None:
+    """Refuses what is neither a folder nor looks like a Hub id."""
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError(f"{name}: no such folder, and no Hub id (OWNER/NAME).")
+
+
 def load_checkpoint(
     name: str, dtype="auto", device="cpu", revision: str | None = None, trust_remote_code=False, **backbones: str
 ) -> "tuple[DualSLMForConditionalGeneration, DualSLMProcessor]":
@@ -89,8 +95,7 @@ def load_checkpoint(
     from ...backbones_dual_slm import name_in_errors
 
     register_auto_classes()
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise FileNotFoundError(f"{name}: no such folder, and no Hub id (OWNER/NAME).")
+    check_checkpoint_name(name)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine has no CUDA device; use --device cpu.")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

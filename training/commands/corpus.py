@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..corpora import CORPORA
-from .common import add_command, default_checkpoint
+from .common import add_command, check_checkpoint_name, default_checkpoint
 
 if TYPE_CHECKING:
     from ..tasks import Sample
@@ -181,8 +181,8 @@ def overlap(args: argparse.Namespace) -> None:
     for rows, tables, splits in ((test, [args.test], "validation or test"), (train, args.train, "train")):
         if not rows:
             raise ValueError(f"{', '.join(tables)}: no row has the split {splits}, so there is nothing to compare.")
-    if args.checkpoint and not Path(args.checkpoint).is_dir() and args.checkpoint.count("/") != 1:
-        raise FileNotFoundError(f"{args.checkpoint}: no such folder, and no Hub id (OWNER/NAME).")
+    if args.checkpoint:
+        check_checkpoint_name(args.checkpoint)
     lexicon = read_lexicon(args.checkpoint) if args.checkpoint else None
     overlaps = compare(test, train, lexicon)
     notes = f"{NOTE}\n{PROVENANCE}" if lexicon else NOTE

@@ -21,6 +21,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
+from ..batches import batched
 from ..files import ASSETS, atomic, read_json, write_text
 from .acoustics import ANY_LEVEL, SAMPLING_RATE, degrade
 from .folder import write_metadata
@@ -132,8 +133,7 @@ def build(
     ):
         # `map` takes all jobs before the first result, and sentences never end: it gets a few jobs at a time.
         while seconds < limit and (part := list(itertools.islice(items, processes * BLOCK))):
-            blocks = [part[start : start + BLOCK] for start in range(0, len(part), BLOCK)]
-            made = pool.map(make_block, itertools.count(first, BLOCK), blocks)
+            made = pool.map(make_block, itertools.count(first, BLOCK), batched(part, BLOCK))
             first += len(part)
             for record in itertools.chain.from_iterable(made):
                 if seconds < limit:

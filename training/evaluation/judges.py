@@ -15,10 +15,10 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from ..attributes import describe
+from ..batches import batched
 from ..corpora.row import Row
 from ..files import Journal
 from .context import ASSET
-from .systems import batched
 
 ATTEMPTS, MAX_NEW_TOKENS = 3, 256
 CONTROLS = ("control: another reply", "control: empty reply")

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..batches import batched
 from ..corpora.row import Row
 from ..labels import ATTRIBUTES
 from .records import Record, record_of
 from .suites import EQUAL, TAUGHT
-from .systems import Checkpoint, batched
+from .systems import Checkpoint
 
 FEW_SENTENCES = 20  # a corpus with at most so many sentences has the target "sentence"
 

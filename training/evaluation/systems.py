@@ -17,7 +17,9 @@ from ... import register_auto_classes
 from ...backbones_dual_slm import name_in_errors
 from ...modeling_dual_slm import DualSLMAudioFeatures, DualSLMForConditionalGeneration
 from ...processing_dual_slm import DualSLMProcessor
+from ...turns_dual_slm import AUDIO_MARK
 from ..augmentation import load_clip
+from ..batches import batched
 from ..collator import DualSLMCollator
 from ..corpora.row import Row
 from ..features import FeatureStore
@@ -61,11 +63,6 @@ class Query:
         """Sources of the paralinguistic and the linguistic branch."""
         part = self.sample.spoken
         return part.get("paralinguistic", "speech"), part.get("linguistic", "speech")
-
-
-def batched(items: list, size: int = BATCH_SIZE) -> list[list]:
-    """Consecutive parts of at most `size` items."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 class System(Protocol):
@@ -118,7 +115,7 @@ class Checkpoint(System):
         If the paralinguistic adapter has no caption slots, the LLM gives the probabilities.
         """
         if not self.processor.attribute_questions:
-            found = (self.processor.decode_audio(self.features(part, part)) for part in batched(rows))
+            found = (self.processor.decode_audio(self.features(part, part)) for part in batched(rows, BATCH_SIZE))
             return [clip for part in found for clip in part]
         result = []
         for row in tqdm(rows, desc="probabilities", unit=" clips"):
@@ -161,13 +158,13 @@ class Checkpoint(System):
         texts = ["\0" if source == "speech" else part.get(source) for source in query.sources()]
         sample = query.sample.with_spoken(type="text", text=" ".join(filter(None, texts)).replace("\0 \0", "\0"))
         text = str(self.processor.apply_chat_template(sample.messages, add_generation_prompt=True))
-        return text.replace("\0", "<|audio|>")
+        return text.replace("\0", AUDIO_MARK)
 
     def _batches(self, queries: list[Query], size: Callable[[Query], tuple], title: str) -> Iterator[list[Query]]:
-        """Batches of similar size, of queries with or without speech: LoRA may be switched on for speech alone."""
+        """Batches of similar size, of queries with or without speech, so that the latter are the bare LLM's own calls."""
         parts = []
         for heard in (True, False):
-            parts += batched(sorted((q for q in queries if ("speech" in q.sources()) == heard), key=size))
+            parts += batched(sorted((q for q in queries if ("speech" in q.sources()) == heard), key=size), BATCH_SIZE)
         yield from tqdm(parts, desc=title, unit=" batches")
 
     def _heard(self, queries: list[Query]) -> DualSLMAudioFeatures | None:
