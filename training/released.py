@@ -61,22 +61,36 @@ def held_out_dialogues(data: Path) -> set[str]:
 
 
 def sentences(data: Path) -> list[str]:
-    """Texts to speak from LibriSpeech train-clean-100, DailyTalk and StyleTalk, without what is held out."""
+    """Texts to speak and to count, from an allowlist: what speakers with a training clip say, and text corpora.
+
+    These are LibriSpeech train-clean-100, DailyTalk and StyleTalk. A text that a held-out clip or another speaker of
+    LibriSpeech says as well is left out.
+    """
     metadata, report = data / "metadata", Report()
-    clips = [*read_folder(data / "librispeech_subset"), *read_folder(data / "read_misc")]
-    held_out = {row.speaker.split("_")[-1] for row in clips if row.split != "train" and row.speaker}
-    speakers = (metadata / "LibriSpeech/SPEAKERS.TXT").read_text(encoding="utf-8").splitlines()
-    allowed = {line.split("|")[0].strip() for line in speakers if "| train-clean-100" in line} - held_out
-    with gzip.open(metadata / "LibriSpeech/transcripts_all.txt.gz", "rt", encoding="utf-8") as lines:
-        named = (line.split(" ", 1) for line in lines)
-        texts = [text for name, text in named if name.split("-")[0] in allowed]
-    held_out = held_out_dialogues(data)
-    dialogues = dailytalk.read(metadata / "DailyTalk", report)
-    texts += [str(row.transcript) for row in dialogues if row.split == "train" and row.dialogue not in held_out]
+    rows = [row for clips in recorded(data, [*FOLDERS, "librispeech_test_clean"]).values() for row in clips]
+    spoken, others = _librispeech_texts(metadata / "LibriSpeech", {row.speaker for row in rows if row.split == "train"})
+    held_out = [*others, *(str(row.transcript) for row in rows if row.split != "train")]
+    missing = held_out_dialogues(data)
+    for row in dailytalk.read(metadata / "DailyTalk", report):
+        keep = row.split == "train" and row.dialogue not in missing
+        (spoken if keep else held_out).append(str(row.transcript))
     for row in styletalk.read(metadata / "StyleTalk", report):
-        if row.split == "train":
-            texts += [str(row.transcript), str(row.response)]
-    return [" ".join(text.lower().split()) for text in texts if len(text.split()) >= 3]
+        (spoken if row.split == "train" else held_out).extend([str(row.transcript), str(row.response)])
+    known = {tuple(normalize(text)) for text in held_out}
+    texts = (" ".join(text.lower().split()) for text in spoken if len(text.split()) >= 3)
+    return [text for text in dict.fromkeys(texts) if tuple(normalize(text)) not in known]
+
+
+def _librispeech_texts(folder: Path, speakers: set[str | None]) -> tuple[list[str], list[str]]:
+    """The transcripts of train-clean-100 by these speakers, and all others."""
+    lines = (folder / "SPEAKERS.TXT").read_text(encoding="utf-8").splitlines()
+    numbers = {line.split("|")[0].strip() for line in lines if "| train-clean-100" in line}
+    allowed = {number for number in numbers if f"librispeech_{number}" in speakers}
+    texts, others = [], []
+    with gzip.open(folder / "transcripts_all.txt.gz", "rt", encoding="utf-8") as file:
+        for name, text in (line.split(" ", 1) for line in file):
+            (texts if name.split("-")[0] in allowed else others).append(text.strip())
+    return texts, others
 
 
 def histories(data: Path) -> Iterator[Row]:

@@ -85,7 +85,9 @@ def _teach_words(run: Run, folder: Path) -> Log:
     heard = [row for row in heard if spelled_out(str(row.transcript), alphabet)][:64]
     if args.linguistic_from:
         take_linguistic(run.model, Path(args.linguistic_from))
-    texts = [str(row.transcript) for row in spoken] + run.data.lines
+    # Each sentence counts once, however many clips and copies say it, so that "twice" means two sentences.
+    said = [str(row.transcript) for row in spoken] + run.data.lines
+    texts = list(dict.fromkeys(" ".join(normalize(text, alphabet)) for text in said))
     known, known_bigrams = map(Counter, adapter.lexicon.known(alphabet))
     words, bigrams = word_counts(texts, alphabet) | known, bigram_counts(texts, alphabet) | known_bigrams
     load_state(adapter.lexicon, lexicon_rows(run.processor.tokenizer, words, bigrams, alphabet))
