@@ -28,7 +28,7 @@ FLOORS = (
     ("tasks", "parsing", "err", "stats"),
     ("features", "spelling", "collator", "alignment", "forward", "overlap"),
     ("recipe", "warm_start"),
-    ("dataset", "trainer"),
+    ("dataset", "trainer", "provenance"),
     ("build", "data", "stages", "plan"),
     ("run",),
     ("evaluation", "benchmark", "released"),

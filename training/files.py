@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_lines(files: Iterable[str | Path]) -> list[str]:
+    """The lines of text files, one file after another."""
+    return [line for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()]
 
 
 class Journal:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from .text import normalize
 
 ORDERS = (2, 3, 4, 5)  # of n-grams
 NOTE = """Sentences, speakers and clips are counted once; n-grams and words as often as the test says them.
+Training texts are the rows' transcripts, responses and histories, and text files.
 Clips are compared by the content of their files: the same sound in another format is not found."""
 PROVENANCE = """The checkpoint holds counts only: it does not say which texts its words and bigrams come from.
-Its bigrams that are not in train were counted elsewhere, for example in a text file or in another table."""
+Its bigrams that are not in train were counted elsewhere: name all tables, and text files by --texts."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,23 @@ def read_lexicon(checkpoint: str) -> KnownWords:
     return KnownWords(set(words), set(map(" ".join, bigrams)), config.linguistic_letters)
 
 
-def compare(test: Sequence[Row], train: Sequence[Row], lexicon: KnownWords | None = None) -> list[Overlap]:
-    """What each corpus and split of `test` shares with `train`. `normalize` makes words of the transcripts."""
+def compare(
+    test: Sequence[Row], train: Sequence[Row], lexicon: KnownWords | None = None, texts: Iterable[str] = ()
+) -> list[Overlap]:
+    """What each corpus and split of `test` shares with `train`. `normalize` makes words of the transcripts.
+
+    Args:
+        texts: more that was trained on, such as the lines of `warm_start.lexicon`.
+    """
     alphabet = lexicon.alphabet if lexicon else ALPHABET
     asked = {gram for row in test for n in ORDERS for gram in _ngrams(normalize(row.transcript or "", alphabet), n)}
+    counted = [*(row.transcript or "" for row in train if not row.voice_only), *texts]  # by a lexicon
+    read = (
+        text for row in train for text in (row.transcript, row.response, *(turn["content"] for turn in row.history))
+    )
+    counted_pairs = {gram for text in counted for gram in _ngrams(normalize(text, alphabet), 2) if gram in asked}
     sentences, ngrams, speakers = set(), set(), {row.speaker for row in train}  # of training
-    for row in train:
-        words = normalize(row.transcript or "", alphabet)
+    for words in (normalize(text, alphabet) for text in dict.fromkeys([*counted, *filter(None, read)])):
         sentences.add(" ".join(words))
         ngrams.update(gram for n in ORDERS for gram in _ngrams(words, n) if gram in asked)
     sizes = {_file_size(row) for row in test}
@@ -82,17 +93,17 @@ def compare(test: Sequence[Row], train: Sequence[Row], lexicon: KnownWords | Non
     overlaps = []
     for corpus, split in sorted({(row.corpus, row.split) for row in test}):
         rows = [row for row in test if (row.corpus, row.split) == (corpus, split)]
-        texts = [words for row in rows if (words := normalize(row.transcript or "", alphabet))]
-        said = {n: Counter(gram for words in texts for gram in _ngrams(words, n)) for n in (1, *ORDERS)}
+        spoken = [words for row in rows if (words := normalize(row.transcript or "", alphabet))]
+        said = {n: Counter(gram for words in spoken for gram in _ngrams(words, n)) for n in (1, *ORDERS)}
         paths = {_clip(row): row.audio for row in rows if row.audio}
-        shared = {"sentences": _shared({" ".join(words): 1 for words in texts}, sentences.__contains__)}
+        shared = {"sentences": _shared({" ".join(words): 1 for words in spoken}, sentences.__contains__)}
         shared |= {f"{n}-grams": _shared(said[n], ngrams.__contains__) for n in ORDERS}
         shared["speakers"] = _shared({row.speaker: 1 for row in rows if row.speaker}, speakers.__contains__)
         shared["clips"] = _shared(dict.fromkeys(paths, 1), clips.__contains__, paths)
         if lexicon:
             shared["words outside lexicon"] = _shared(said[1], lambda word: word not in lexicon.words)
             shared["bigrams in lexicon"] = _shared(said[2], lexicon.bigrams.__contains__)
-            shared["lexicon bigrams not in train"] = _shared(said[2], (lexicon.bigrams - ngrams).__contains__)
+            shared["lexicon bigrams not in train"] = _shared(said[2], (lexicon.bigrams - counted_pairs).__contains__)
         nameless, missing = [not row.speaker for row in rows], [row.audio and _file_size(row) is None for row in rows]
         overlaps.append(Overlap(corpus, split, len(rows), nameless.count(True), missing.count(True), shared))
     return overlaps

@@ -2,13 +2,13 @@
 
     python -m dual_slm.training.released --data DATA --out TABLES
     cd TABLES && dual-slm train --recipe slm-smollm2-135m --output RUN
-    python -m dual_slm.training.released --release RUN --out model_cards/dual-slm-smollm2-135m
+    python -m dual_slm.training.released --release RUN --tables TABLES --data DATA --out model_cards/dual-slm-smollm2-135m
 
 With `--commercial` and the recipe `slm-smollm2-135m-commercial`, data is left out whose licence forbids commercial use.
 
 The splits are speaker-disjoint. No sentence or dialogue of a validation or test clip is trained on, except what a corpus
-lets all of its speakers say: RAVDESS's two sentences, VCTK's passage, digits. TESS is left out because its licence forbids
-derivatives. Tables that exist are not made again.
+lets all of its speakers say: RAVDESS's two sentences, VCTK's passage, digits. A release with words of held-out speakers is
+refused, see `provenance`. TESS is left out because its licence forbids derivatives. Tables that exist are not made again.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from .corpora.table import read_table, write_table
 from .corpora.voices import ENGINES
 from .files import Journal, write_text
 from .hardware import fast_dtype
+from .provenance import SAME_WORDS, check_release, held_out_texts, write_overlap
 from .text import hash_uniform, normalize
 
 # Energy is cut by tertiles of RAVDESS's and LibriSpeech's training clips: by TextrolSpeech's borders 93 % of RAVDESS is
@@ -51,6 +52,7 @@ STYLES = {  # StyleTalk's -> emotions whose voices speak it (None: read speech),
 SYNTHETIC_VOICES = 3_000  # synthetic clips that are measured, to teach how a voice sounds; all teach words
 FOLDERS = ("librispeech_subset", "librispeech_4spk", "vctk_subset", "asterisk_prompts", "read_misc", "ravdess")
 FOLDERS += ("fsdd_subset", "dailytalk_samples")
+TESTS = ("librispeech_test_clean",)  # folders of test speakers alone
 NOT_COMMERCIAL = {"ravdess", "piper"}  # CC BY-NC-SA; a voice that began from recordings for research
 ROOT = Path(__file__).resolve().parents[1]  # of the repository, with the modules that a checkpoint needs
 
@@ -63,22 +65,26 @@ def held_out_dialogues(data: Path) -> set[str]:
 def sentences(data: Path) -> list[str]:
     """Texts to speak and to count, from an allowlist: what speakers with a training clip say, and text corpora.
 
-    These are LibriSpeech train-clean-100, DailyTalk and StyleTalk. A text that a held-out clip or another speaker of
-    LibriSpeech says as well is left out.
+    These are LibriSpeech train-clean-100, DailyTalk and StyleTalk. A text that is held out is left out.
     """
+    texts, held_out = texts_by_use(data)
+    known = {tuple(normalize(text)) for text in held_out}
+    long = (" ".join(text.lower().split()) for text in texts if len(text.split()) >= 3)
+    return [text for text in dict.fromkeys(long) if tuple(normalize(text)) not in known]
+
+
+def texts_by_use(data: Path) -> tuple[list[str], list[str]]:
+    """Texts that may be spoken and counted, and texts of held-out clips, speakers and dialogues."""
     metadata, report = data / "metadata", Report()
-    rows = [row for clips in recorded(data, [*FOLDERS, "librispeech_test_clean"]).values() for row in clips]
-    spoken, others = _librispeech_texts(metadata / "LibriSpeech", {row.speaker for row in rows if row.split == "train"})
-    held_out = [*others, *(str(row.transcript) for row in rows if row.split != "train")]
-    missing = held_out_dialogues(data)
+    rows = [row for clips in recorded(data, [*FOLDERS, *TESTS]).values() for row in clips]
+    texts, others = _librispeech_texts(metadata / "LibriSpeech", {row.speaker for row in rows if row.split == "train"})
+    held_out, missing = [*others, *held_out_texts(rows)], held_out_dialogues(data)
     for row in dailytalk.read(metadata / "DailyTalk", report):
         keep = row.split == "train" and row.dialogue not in missing
-        (spoken if keep else held_out).append(str(row.transcript))
+        (texts if keep else held_out).append(str(row.transcript))
     for row in styletalk.read(metadata / "StyleTalk", report):
-        (spoken if row.split == "train" else held_out).extend([str(row.transcript), str(row.response)])
-    known = {tuple(normalize(text)) for text in held_out}
-    texts = (" ".join(text.lower().split()) for text in spoken if len(text.split()) >= 3)
-    return [text for text in dict.fromkeys(texts) if tuple(normalize(text)) not in known]
+        (texts if row.split == "train" else held_out).extend([str(row.transcript), str(row.response)])
+    return texts, held_out
 
 
 def _librispeech_texts(folder: Path, speakers: set[str | None]) -> tuple[list[str], list[str]]:
@@ -104,7 +110,8 @@ def recorded(data: Path, folders: list[str]) -> dict[str, list[Row]]:
     """Rows of each folder.
 
     LibriSpeech is in several folders. A clip that is in two is taken once, and a validation speaker of one folder who is
-    a training speaker of another becomes a training speaker.
+    a training speaker of another becomes a training speaker. A training clip with the words of a held-out clip is left
+    out, but for corpora that let all of their speakers say the same.
     """
     tables = {folder: list(read(data / folder, Report())) for folder in folders}
     trained = {row.speaker for rows in tables.values() for row in rows if row.split == "train"} - {None}
@@ -114,7 +121,17 @@ def recorded(data: Path, folders: list[str]) -> dict[str, list[Row]]:
         seen |= {row.key for row in new}
         moved = [row.split == "validation" and row.speaker in trained for row in new]
         tables[folder] = [row.replace(split="train") if m else row for row, m in zip(new, moved, strict=True)]
+    held_out = {tuple(normalize(text)) for text in held_out_texts(row for rows in tables.values() for row in rows)} - {
+        ()
+    }
+    for folder, rows in tables.items():
+        leaky = [row.split == "train" and row.corpus not in SAME_WORDS and _words(row) in held_out for row in rows]
+        tables[folder] = [row for row, out in zip(rows, leaky, strict=True) if not out]
     return tables
+
+
+def _words(row: Row) -> tuple[str, ...]:
+    return tuple(normalize(row.transcript or ""))
 
 
 def labelled(rows: Iterable[Row], table: Path) -> None:
@@ -222,8 +239,9 @@ def make_tables(data: Path, out: Path, folders: list[str], engines: list[str], h
     """
     out.mkdir(parents=True, exist_ok=True)
     write_thresholds({"all": THRESHOLDS}, out / "thresholds.json")
-    if not all((out / f"{folder}.parquet").is_file() for folder in folders):
-        for folder, rows in recorded(data, folders).items():
+    wanted = [*folders, *TESTS]
+    if not all((out / f"{folder}.parquet").is_file() for folder in wanted):
+        for folder, rows in recorded(data, wanted).items():
             labelled(rows, out / f"{folder}.parquet")
     _write_once(histories(data), out / "dailytalk.parquet")
     if not (out / "nonspeech/metadata.jsonl").is_file():
@@ -244,20 +262,22 @@ def make_tables(data: Path, out: Path, folders: list[str], engines: list[str], h
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folders of real speech")
+    parser.add_argument("--data", type=Path, required=True, help="folders of real speech")
     text = "folder of the tables, or the model card with --release"
     parser.add_argument("--out", type=Path, required=True, help=text)
     parser.add_argument("--release", type=Path, metavar="RUN", help="a finished run, to be put into --out")
+    parser.add_argument("--tables", type=Path, default=Path(), help="with --release: the folder of the run's tables")
     parser.add_argument("--hours", type=float, default=8.0, help="of synthesised speech")
     parser.add_argument("--seed", type=int, default=1, help="of the synthesis")
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), help="whose voices speak")
     parser.add_argument("--commercial", action="store_true", help=f"without {' and '.join(sorted(NOT_COMMERCIAL))}")
     args = parser.parse_args()
     if args.release:
+        tests = [args.tables / f"{folder}.parquet" for folder in TESTS]
+        overlaps = check_release(args.release, args.tables, tests, texts_by_use(args.data)[1])
         release(args.release, args.out)
+        write_overlap(args.out, overlaps)
         return
-    if args.data is None:
-        parser.error("--data is needed")
     left_out = NOT_COMMERCIAL if args.commercial else set()
     folders, engines = ([name for name in names if name not in left_out] for names in (FOLDERS, args.engines))
     make_tables(args.data.resolve(), args.out.resolve(), folders, engines, args.hours, args.seed)

@@ -60,6 +60,8 @@ def register(subparsers) -> None:
     parser = add_command(commands, "overlap", overlap)
     parser.add_argument("test", metavar="TEST", help="table whose validation and test rows are compared")
     parser.add_argument("--train", nargs="+", required=True, metavar="TABLE", help="tables whose training rows count")
+    text = "text files that were trained on too, such as those of warm_start.lexicon"
+    parser.add_argument("--texts", nargs="+", default=[], metavar="FILE", help=text)
     parser.add_argument("--checkpoint", help="folder or Hub id whose lexicon is compared too (type `letters`)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -174,6 +176,7 @@ def stats(args: argparse.Namespace) -> None:
 def overlap(args: argparse.Namespace) -> None:
     """Print the sentences, n-grams, speakers and clips that test data share with training data, and with a lexicon."""
     from ..corpora.table import read_table
+    from ..files import read_lines
     from ..overlap import NOTE, PROVENANCE, compare, describe_overlap, read_lexicon
 
     test = [row for row in read_table(args.test) if row.split != "train"]
@@ -184,10 +187,10 @@ def overlap(args: argparse.Namespace) -> None:
     if args.checkpoint:
         check_checkpoint_name(args.checkpoint)
     lexicon = read_lexicon(args.checkpoint) if args.checkpoint else None
-    overlaps = compare(test, train, lexicon)
+    overlaps = compare(test, train, lexicon, read_lines(args.texts))
     notes = f"{NOTE}\n{PROVENANCE}" if lexicon else NOTE
     if args.json:
-        known = {"train": args.train, "train_rows": len(train), "checkpoint": args.checkpoint}
+        known = {"train": args.train, "train_rows": len(train), "texts": args.texts, "checkpoint": args.checkpoint}
         print(
             json.dumps(
                 known | {"overlaps": [dataclasses.asdict(found) for found in overlaps], "notes": notes.splitlines()}

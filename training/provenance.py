@@ -1,0 +1,106 @@
+"""Refuses a release whose words come from held-out speakers: in clips, synthetic speech, texts or the decoding lexicon.
+
+It also says in the model card what the test data share with what was trained on.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from .corpora import CORPORA
+from .corpora.row import Row
+from .corpora.table import read_table
+from .files import read_json, read_lines, write_text
+from .overlap import NOTE, KnownWords, Overlap, compare, describe_overlap, read_lexicon
+from .recipe import Recipe, load_recipe
+from .text import normalize
+
+SAME_WORDS = ("ravdess", "vctk", "fsdd")  # corpora that let all of their speakers say the same words
+SHORT = 4  # words: a shorter sentence that two people say is chance
+SECTION = ("<!-- overlap: written by training.released -->", "<!-- end of overlap -->")
+
+
+def check_release(run: Path, tables: Path, tests: Iterable[Path], held_out: Iterable[str]) -> list[Overlap]:
+    """What the test rows of a finished run share with what it was trained on.
+
+    Args:
+        run: its `recipe.yaml` names the tables and the texts, its `final` has the lexicon.
+        tables: folder of these tables.
+        tests: more tables, of which only the rows outside `train` count.
+        held_out: texts of speakers who are in no training clip.
+
+    Raises:
+        ValueError: a speaker, a clip or a sentence of a test is in training, a held-out text is, or the lexicon has
+            words or bigrams that no text of the run explains.
+    """
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    rows = list(read_table(*_paths(tables, [*recipe.data.tables, *_stage_0_tables(recipe)])))
+    train = [row for row in rows if row.split == "train"]
+    test = [row for row in rows if row.split != "train" and not row.voice_only]
+    test += [row for table in tests for row in read_table(table) if row.split != "train"]
+    lines = read_lines(_paths(tables, recipe.warm_start.lexicon))
+    spells = read_json(run / "final/config.json").get("linguistic_adapter_type") == "letters"
+    lexicon = read_lexicon(str(run / "final")) if spells else None
+    overlaps = compare(test, train, lexicon, lines)
+    said = [*(str(row.transcript) for row in train if row.transcript and not row.voice_only), *lines]
+    faults = [*_shared(overlaps), *_held_out(said, held_out), *(_unexplained(lexicon, said) if lexicon else [])]
+    if faults:
+        raise ValueError(f"{run} is not released: " + "; ".join(faults) + ". Make the tables again without them.")
+    return overlaps
+
+
+def _paths(folder: Path, names: Iterable[str]) -> list[str]:
+    return [str(folder / name) for name in names]
+
+
+def _stage_0_tables(recipe: Recipe) -> list[str]:
+    return recipe.warm_start.tables if recipe.warm_start.enabled else []
+
+
+def _shared(overlaps: Sequence[Overlap]) -> list[str]:
+    faults = []
+    for overlap in overlaps:
+        known = CORPORA.get(overlap.corpus)
+        kinds = ["clips"] + ["speakers"] * (known is None or not known.shares_speakers)
+        found = {kind: overlap.shared[kind] for kind in kinds if overlap.shared[kind].found}
+        faults += [
+            f"{items.found} {kind} of {overlap.corpus}, {overlap.split}, are in training ({items.examples[0]})"
+            for kind, items in found.items()
+        ]
+    return faults
+
+
+def _held_out(said: Sequence[str], held_out: Iterable[str]) -> list[str]:
+    known = {tuple(words) for text in held_out if len(words := normalize(text)) >= SHORT}
+    found = [text for text in dict.fromkeys(said) if tuple(normalize(text)) in known]
+    return [f"{len(found)} texts are those of held-out speakers, the first is {found[0][:60]!r}"] if found else []
+
+
+def _unexplained(lexicon: KnownWords, said: Sequence[str]) -> list[str]:
+    texts = [normalize(text, lexicon.alphabet) for text in said]
+    words = lexicon.words - {word for text in texts for word in text}
+    bigrams = lexicon.bigrams - {" ".join(pair) for text in texts for pair in pairwise(text)}
+    kinds = {"words": words, "bigrams": bigrams}
+    return [
+        f"{len(found)} {kind} of the lexicon are in no text of the run, one is {min(found)!r}"
+        for kind, found in kinds.items()
+        if found
+    ]
+
+
+def held_out_texts(rows: Iterable[Row]) -> list[str]:
+    """What validation and test clips say, but for corpora that let all of their speakers say the same words."""
+    own = (row for row in rows if row.split != "train" and row.corpus not in SAME_WORDS)
+    return [row.transcript for row in own if row.transcript]
+
+
+def write_overlap(card: Path, overlaps: Sequence[Overlap]) -> None:
+    """Writes the table into the section of a model card that has its two marks; a card without it gets one at the end."""
+    path, (start, end) = card / "README.md", SECTION
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    section = "\n".join([start, "```text", "\n\n".join(map(describe_overlap, overlaps)), "", NOTE, "```", end])
+    if start in text and end in text:
+        text = text[: text.index(start)] + section + text[text.index(end) + len(end) :]
+    else:
+        text = f"{text.rstrip()}\n\n## What the tests share with training\n\n{section}\n"
+    write_text(path, text)
