@@ -39,7 +39,8 @@ def test_ones_own_corpus_as_csv_or_lines_in_any_usual_encoding(tmp_path, kind, e
     """What editors and spreadsheets save; numbers where the schema has words."""
     soundfile.write(tmp_path / "a.wav", tone(0.5), 16_000)
     record = {"path": "a.wav", "transcript": "it’s a café", "speaker": 7, "pitch_hz": 120.5, "turn": 2, "mood": "x"}
-    second = {"path": "", "transcript": "nan", "speaker": "zoé", "pitch_hz": "", "turn": "", "mood": ""}
+    record["subset"] = "test-other"
+    second = {"path": "", "transcript": "nan", "speaker": "zoé", "pitch_hz": "", "turn": "", "mood": "", "subset": ""}
     if kind == "csv":
         lines = [",".join(record), *(",".join(map(str, r.values())) for r in (record, second))]
     else:
@@ -48,8 +49,8 @@ def test_ones_own_corpus_as_csv_or_lines_in_any_usual_encoding(tmp_path, kind, e
     write_table(read_folder(tmp_path), tmp_path / "t.parquet")
     first, second = read_table(tmp_path / "t.parquet")
     assert (first.transcript, first.speaker, first.pitch_hz, first.turn) == ("it’s a café", "7", 120.5, 2)
-    assert (first.audio, first.split) == (str(tmp_path / "a.wav"), "train")
-    assert (second.transcript, second.speaker, second.turn) == ("nan", "zoé", None)
+    assert (first.audio, first.split, first.subset) == (str(tmp_path / "a.wav"), "train", "test-other")
+    assert (second.transcript, second.speaker, second.turn, second.subset) == ("nan", "zoé", None, None)
 
 
 def test_ones_own_corpus_needs_metadata_and_whole_records(tmp_path):

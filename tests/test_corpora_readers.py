@@ -191,9 +191,9 @@ LATE, EARLY, WHAT = "You're late, René.", "I'm not... \"You're early.\"", "what
 # Columns, and what they hold in a row.
 EXPECTED = {
     "librispeech": {
-        "transcript speaker gender split duration": None,
-        "19-198-0000": ("northanger abbey", "librispeech_19", "female", "train", 0.5),
-        "1272-198-0001": ("this little work's end", "librispeech_1272", "male", "validation", 0.25),
+        "transcript speaker gender split subset duration": None,
+        "19-198-0000": ("northanger abbey", "librispeech_19", "female", "train", "train-clean-100", 0.5),
+        "1272-198-0001": ("this little work's end", "librispeech_1272", "male", "validation", "dev-clean", 0.25),
     },
     "meld": {
         "transcript speaker emotion split dialogue turn history": None,

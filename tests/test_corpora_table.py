@@ -46,6 +46,9 @@ def test_what_is_no_table_is_named(tmp_path):
     dataset.remove_columns(["emotion", "turn"]).to_parquet(tmp_path / "less.parquet")
     with pytest.raises(ValueError, match=r"less\.parquet: no column emotion, turn; "):
         read_table(tmp_path / "less.parquet")
+    older = dataset.remove_columns(["voice_only", "subset"])  # columns that tables did not always have
+    older.to_parquet(tmp_path / "older.parquet")
+    assert list(read_table(tmp_path / "older.parquet")) == [line(n) for n in range(50)]
     with pytest.raises(FileNotFoundError, match=r"gone\.parquet does not exist: `dual-slm corpus read`"):
         read_table(tmp_path / "gone.parquet")
 

@@ -7,7 +7,7 @@ from world import world
 
 from dual_slm.training.build import make_model
 from dual_slm.training.corpora.table import read_table, write_table
-from dual_slm.training.data import environment, load_data
+from dual_slm.training.data import cut_dialogues, environment, load_data
 from dual_slm.training.recipe import load_recipe
 
 
@@ -91,3 +91,50 @@ def test_the_llm_answers_only_what_it_has_not_answered(recipe, config, tmp_path)
     answers = {row.response for row in found.values() if row.corpus == "open"}
     assert len(answers - {"hello to the fox", None}) > 2
     assert {row.corpus for row in read_table(tmp_path / "run" / "responses.parquet")} == {"open"}
+
+
+def with_second_table(recipe, folder: Path, **changes) -> None:
+    """Adds the recipe's table once more, as the corpus "open" without answers."""
+    (table,) = recipe.data.tables
+    changes = {"corpus": "open", "response": None, "response_complete": None} | changes
+    write_table([row.replace(**changes) for row in read_table(table)], folder / "open.parquet")
+    recipe.data.tables = [table, str(folder / "open.parquet")]
+
+
+def test_dialogues_are_cut_and_answered_in_their_corpora_alone(recipe, config, tmp_path):
+    """Each training row of "c" with a history gets one copy, which the LLM answers even if it has answered the row."""
+    with_second_table(recipe, tmp_path)
+    recipe.data.cut_histories, recipe.data.align_responses = True, True
+    recipe.data.alignment = {"max_new_tokens": 6}
+    for stage in recipe.stages:
+        stage.tasks = {"c": {"dialogue": 1}, "open": {"emotion": 1}}
+    before = [row for row in read_table(*recipe.data.tables) if row.split == "train"]
+    data = load_data(recipe, tmp_path / "run", config)
+    cut = {row.id.split("/")[0]: row for row in data.train if "/last" in row.id}
+    assert [row.key for row in data.train if "/last" not in row.id] == [row.key for row in before]
+    assert set(cut) == {row.id for row in before if row.corpus == "c" and row.history} and len(cut) == 12
+    for row in before:
+        if row.corpus == "c" and row.history:
+            length = len(cut[row.id].history)
+            assert length < len(row.history) and cut[row.id].history == row.history[len(row.history) - length :]
+    asked = {row.key for row in read_table(tmp_path / "run" / "responses.parquet")}
+    unanswered = {row.key for row in before if row.corpus == "c" and row.response_complete is None}
+    assert {corpus for corpus, _ in asked} == {"c"} and asked >= unanswered | {row.key for row in cut.values()}
+    assert {row.response for row in data.train if row.corpus == "open"} == {None}
+    rewrite_ids = [row.replace(id=f"{row.id}/last1") for row in before if row.corpus == "c"]
+    with pytest.raises(ValueError, match=r"data\.cut_histories is true, and the row 1/last1 of c has been cut by"):
+        list(cut_dialogues(rewrite_ids, recipe))
+
+
+def test_a_corpus_or_target_that_no_training_row_has_is_refused(recipe, config, tmp_path):
+    with_second_table(recipe, tmp_path, gender=None, split="validation")
+    for tasks, message in (
+        (
+            {"c": {"asr": 1}, "open": {"asr": 1}},
+            "stage joint: tasks has 'open', and no training row .*; there are c. Add",
+        ),
+        ({"c": {"asr": 1, "pitch": 1}}, "stage joint: no training row of c has a target for pitch. Label"),
+    ):
+        recipe.stages[0].tasks = tasks
+        with pytest.raises(ValueError, match=message):
+            load_data(recipe, tmp_path / "run", config)

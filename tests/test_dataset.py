@@ -64,6 +64,8 @@ def test_a_stage_repeats_the_rows_of_a_rare_corpus():
 def test_a_stage_without_rows_for_its_tasks_is_refused():
     with pytest.raises(ValueError, match="stage s: no row has a target for any of dialogue"):
         StageDataset(rows(response=None), stage(tasks={"dialogue": 1}), seed=0)
+    with pytest.raises(ValueError, match="stage s: no row has a target for any of c: dialogue, d: asr"):
+        StageDataset(rows(response=None), stage(tasks={"c": {"dialogue": 1}, "d": {"asr": 1}}), seed=0)
 
 
 def test_the_labels_that_a_prompt_offers_are_those_of_all_speakers():
@@ -120,3 +122,73 @@ def test_every_batch_has_its_share_of_each_kind_of_task():
     assert len(batches) == 10
     for found in kinds:
         assert all(abs(found[kind] - count / 10) <= 1 for kind, count in share.items())
+
+
+def mapped(**changes) -> StageRecipe:
+    tasks = {"c": {"asr": 1, "gender": 2, "emotion": 0.25}, "d": {"emotion": 1}}
+    return stage(**({"tasks": tasks} | changes))
+
+
+def two_corpora() -> list[Row]:
+    """12 rows of "c" and 10 of "d", which have every kind of target."""
+    return [*rows(12), *(row.replace(corpus="d") for row in rows(10))]
+
+
+def test_an_epoch_meets_each_row_with_each_task_of_its_corpus():
+    dataset = StageDataset(two_corpora(), mapped(), seed=1)
+    assert len(dataset) == 12 + 24 + 3 + 10
+    assert dataset.instances() == {("c", "asr"): 12, ("c", "gender"): 24, ("c", "emotion"): 3, ("d", "emotion"): 10}
+    for epoch in (0, 1, 7):
+        items = [dataset[epoch, index] for index in range(len(dataset))]
+        met = Counter((item.row.corpus, item.sample.task, item.row.id) for item in items)
+        assert {met["c", "asr", str(n)] for n in range(12)} == {1}
+        assert {met["c", "gender", str(n)] for n in range(12)} == {2}
+        assert {met["d", "emotion", str(n)] for n in range(10)} == {1}
+        assert max(met["c", "emotion", str(n)] for n in range(12)) == 1
+
+
+def test_parts_of_an_epoch_meet_all_rows_evenly():
+    """A quarter of 12 rows: four epochs meet each once. A tenth of 25 rows is 2: after 25 epochs each was met twice."""
+    for size, exposure, epochs, times in ((12, 0.25, 4, 1), (12, 0.25, 8, 2), (20, 0.1, 10, 1), (25, 0.1, 25, 2)):
+        dataset = StageDataset(rows(size), mapped(tasks={"c": {"emotion": exposure}}), seed=3)
+        met = Counter(dataset[e, i].row.id for e in range(epochs) for i in range(len(dataset)))
+        assert met == {str(n): times for n in range(size)}
+    parts = {
+        task: {StageDataset(rows(12), mapped(tasks={"c": {task: 0.25}}), seed=3)[0, i].row.id for i in range(3)}
+        for task in ("asr", "gender", "emotion")
+    }
+    assert len(set(map(frozenset, parts.values()))) > 1  # each task leaves out others
+
+
+def test_visits_of_a_row_are_drawn_apart_and_do_not_depend_on_who_asks():
+    def sources(dataset: StageDataset, index: int) -> list:
+        return [dataset[epoch, index].sources for epoch in range(40)]
+
+    tasks = {"c": {"gender": 2, "emotion": 1}}
+    dataset = StageDataset(rows(), mapped(tasks=tasks, err_stage="disentangle"), seed=1)
+    again = StageDataset(rows(), mapped(tasks=tasks, err_stage="disentangle"), seed=1)
+    keys = [(epoch, index) for epoch in range(3) for index in range(len(dataset))]
+    assert [dataset[key] for key in keys] == [again[key] for key in reversed(keys)][::-1]
+    first, second, emotion = 0, 12, 24  # two visits and another task of the same row
+    assert {dataset[0, place].row.id for place in (first, second, emotion)} == {"0"}
+    assert sources(dataset, first) != sources(dataset, second) and sources(dataset, first) != sources(dataset, emotion)
+    drawn = Counter(dataset[epoch, i].sources[1] for epoch in range(60) for i in range(len(dataset)))
+    assert {source: count / sum(drawn.values()) for source, count in drawn.items()} == {
+        source: pytest.approx(1 / 3, abs=0.03) for source in ("speech", "transcript", "none")
+    }
+
+
+def test_batches_of_mapped_tasks_hold_each_instance_once_and_their_share_of_each_kind():
+    tasks = {"c": {"asr": 1, "gender": 1, "emotion": 1}}
+    dataset = StageDataset(rows(60), mapped(tasks=tasks), seed=1)
+    batches = list(BucketSampler(dataset, 6, seed=5))
+    assert sorted(key for batch in batches for key in batch) == [(0, index) for index in range(180)]
+    kinds = [Counter(dataset[key].sample.kind for key in batch) for batch in batches]
+    assert {kind["linguistic"] for kind in kinds} <= {1, 2, 3} and len(batches) == 30
+
+
+def test_shares_of_tasks_are_expected_instances():
+    """Each row of "c" draws one of ASR (2 of 3) and gender (1 of 3); a row without a gender has ASR alone."""
+    table = [*rows(6), *(row.replace(id=f"x{row.id}", gender=None) for row in rows(3))]
+    found = StageDataset(table, stage(tasks={"asr": 2, "gender": 1}), seed=0).instances()
+    assert found == {("c", "asr"): pytest.approx(7), ("c", "gender"): pytest.approx(2)}

@@ -1,4 +1,4 @@
-"""Judges: strict parsing, controls, and endpoints with faults."""
+"""Judges: what they are shown, strict parsing, controls, and endpoints with faults."""
 
 import json
 import os
@@ -18,6 +18,8 @@ import pytest
 from evaluated import system_of, talks
 
 from dual_slm.backbones_dual_slm import resolve_backbone
+from dual_slm.training.corpora.row import make_row
+from dual_slm.training.corpora.table import write_table
 from dual_slm.training.evaluation import judges
 from dual_slm.training.evaluation.evaluate import evaluate
 from dual_slm.training.evaluation.figures import weak_judges
@@ -52,9 +54,9 @@ def test_every_reply_of_several_needs_its_scores():
 
 def answer_to(prompt: str, score) -> str:
     """Well-formed scores of every reply in a prompt, by `score(reply)`."""
-    if replies := re.findall(r"^Response (\d+): (.*)$", prompt, re.MULTILINE):
+    if replies := re.findall(r"^<response (\d+)> (.*)$", prompt, re.MULTILINE):
         return json.dumps({n: dict.fromkeys(("C1", "C2", "C3", "C4"), score(reply)) for n, reply in replies})
-    (reply,) = re.findall(r'^The assistant replies: "(.*)"$', prompt, re.MULTILINE)
+    (reply,) = re.findall(r"^### \[Response\]: (.*)$", prompt, re.MULTILINE)
     return json.dumps(dict.fromkeys(("content", "style"), score(reply)))
 
 
@@ -70,7 +72,7 @@ class ScriptedJudge:
 
 
 def attentive(prompt: str, reply: str) -> int:
-    return 5 if re.search(r'"(topic\d+!)"', prompt)[1] in reply else 1
+    return 5 if re.search(r"(?:\[Instruction\]|listener): (topic\d+!)", prompt)[1] in reply else 1
 
 
 def test_a_judge_that_does_not_see_the_controls_is_called_weak(tmp_path):
@@ -83,15 +85,90 @@ def test_a_judge_that_does_not_see_the_controls_is_called_weak(tmp_path):
 
 
 def test_no_system_is_always_read_first(tmp_path):
+    records, rows = talks(12)
+    records += [r | {"condition": f"system: {n}", "reply": f"{n} says"} for n in "ab" for r in records[:12]]
     orders = []
     for run in range(2):
         judge = ScriptedJudge(attentive)
-        judges.judge(judge, *talks(12), Journal(tmp_path / str(run)))
-        orders.append([p for p in judge.prompts if "[Responses]" in p])
-    assert orders[0] == orders[1]
-    first = Counter(re.search(r"Response 1: (\S+)", prompt)[1] for prompt in orders[0])
-    assert len(first) >= 3
+        judges.judge(judge, records, rows, Journal(tmp_path / str(run)))
+        orders.append([p for p in judge.prompts if "<response 3>" in p])
+    assert orders[0] == orders[1] and len(orders[0]) == 12
+    first = Counter(re.search(r"<response 1> (\S+)", prompt)[1] for prompt in orders[0])
+    assert set(first) == {"P&L", "a", "b"}
     assert max(first.values()) < 12
+
+
+# ---- what a judge is shown
+
+HISTORY = [{"role": "user", "content": "I was ill."}, {"role": "assistant", "content": "Oh no."}]
+SEVERAL = {"P&L": "Good.", "system: other": "Fine.", "text": "Great."}
+
+
+def shown(rows: dict, replies: dict[str, str], wordings: tuple[str, ...]) -> dict[tuple, str]:
+    """The prompts for the same replies to each row, by wording, id and conditions."""
+    known = ({"corpus": corpus, "id": name, "speaker": "s"} for corpus, name in rows)
+    records = [record | {"condition": c, "reply": reply} for record in known for c, reply in replies.items()]
+    jobs = judges.make_jobs(ScriptedJudge(attentive), records, rows, wordings=wordings)
+    return {(job.wording, job.talk[1], *job.conditions): job.prompt for job in jobs}
+
+
+def sad_turns() -> dict:
+    """Two turns after a history, and one without; all of them sad."""
+    known = {"corpus": "c", "split": "test", "emotion": "sad", "tempo": "slow", "caption": "(a weeping voice)"}
+    rows = [make_row(id="late", transcript="I am well now.", history=HISTORY, **known)]
+    rows.append(make_row(id="first", transcript="Hello.", **known))
+    return {row.key: row for row in rows}
+
+
+def test_the_judge_reads_the_wording_of_the_cited_papers():
+    prompts = shown(sad_turns(), SEVERAL, ("CS", "EGS"))
+    content = prompts["CS", "late", "P&L"]
+    assert content.startswith(
+        "I need your help to evaluate the performance of several models in the speech interaction"
+    )
+    assert "\nContent (1-5 points):\n1 point: The response is largely irrelevant, incorrect, or fails" in content
+    assert "\nStyle (1-5 points):\n1 point: The response is poorly suited for speech interaction, possibly" in content
+    ending = "### [Response]: Good.\nAfter evaluating, please output the scores in JSON format: "
+    ending += '{"content": content score, "style": style score}. You don\'t need to provide any explanations.\n'
+    told = "### [Instruction]: User: I was ill.\nAssistant: Oh no.\nUser: I am well now.\n"
+    assert content.endswith(told + ending)
+    assert prompts["CS", "first", "P&L"].endswith("### [Instruction]: Hello.\n" + ending)
+    (empathy,) = (p for key, p in prompts.items() if key[:2] == ("EGS", "late") and "system: other" in key)
+    assert "[Context]\nlistener: I was ill.\nspeaker: Oh no.\nlistener: I am well now.\n\n[Prompt]\n" in empathy
+    assert 'Now "speaker" needs to make an appropriate response to "listener". Here are some optional' in empathy
+    assert "<C4> The speaker's response should have a positive impact on the progress of the conversation" in empathy
+
+
+def test_only_our_wording_tells_the_style_of_the_turn():
+    for key, prompt in shown(sad_turns(), SEVERAL, tuple(judges.ASSET["judges"])).items():
+        assert ("a weeping voice" in prompt) == ("style-told" in key[0]), key
+        assert "sad" not in prompt and "slow" not in prompt, key
+
+
+def test_optional_responses_are_the_compared_systems_alone():
+    """Ablations and controls have prompts of their own."""
+    prompts = shown(sad_turns(), SEVERAL, ("EGS",))
+    late = [set(key[2:]) for key in prompts if key[1] == "late"]
+    assert sorted(late, key=sorted) == [{"P&L", "system: other"}, *({c} for c in judges.CONTROLS), {"text"}]
+    for key, prompt in prompts.items():
+        replies = re.findall(r"^<response \d> (.*)$", prompt, re.MULTILINE)
+        wanted = SEVERAL | dict(zip(judges.CONTROLS, ("Good.", "..."), strict=True))
+        assert replies == [wanted[condition] for condition in key[2:]]
+
+
+def test_a_control_answers_another_dialogue_and_other_words():
+    """StyleTalk has the same words in several styles: a reply to one of these suits the others."""
+    said = [("talk_1", "Hello."), ("talk_1", "Bye."), ("talk_2", "Hello."), ("talk_3", "Why?")]
+    known = {"corpus": "c", "split": "test"}
+    rows = [make_row(id=str(n), dialogue=d, transcript=t, **known) for n, (d, t) in enumerate(said)]
+    records = [{"corpus": "c", "id": r.id, "speaker": "s", "condition": "P&L", "reply": f"to {r.id}"} for r in rows]
+    jobs = judges.make_jobs(ScriptedJudge(attentive), records, {row.key: row for row in rows}, wordings=["CS"])
+    found = {job.talk[1]: job.prompt for job in jobs if job.conditions == [judges.CONTROLS[0]]}
+    answered = {name: re.search(r"\[Response\]: to (\d)", prompt)[1] for name, prompt in found.items()}
+    assert answered == {"0": "3", "1": "2", "2": "3", "3": "0"}
+
+
+# ---- endpoints
 
 
 @pytest.fixture
@@ -106,7 +183,8 @@ def faulty():
             fault = faults.pop(0) if faults else None
             if fault == "silence":
                 time.sleep(1.5)
-            text = answer_to(body["messages"][0]["content"], lambda reply: 4)
+            lenient = 1 if body["model"] == "lenient" else 0
+            text = answer_to(body["messages"][0]["content"], lambda reply: 4 + lenient - (reply == "No."))
             sent = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
             sent = sent[: len(sent) // 2] if fault == "broken" else sent
             self.send_response(fault if isinstance(fault, int) else 200)
@@ -133,7 +211,7 @@ def test_an_endpoint_with_faults_loses_nothing(faulty, tmp_path):
     judge = judges.RemoteJudge(url, timeout=0.5)
     found = judges.judge(judge, *talks(2), Journal(tmp_path / "j"))
     assert all(record["value"] == 4.0 for record in found)
-    jobs = 2 * 4 + 2  # CS: two replies and two controls, one by one; EGS: together
+    jobs = 2 * 2 * 4  # conversations, wordings, two replies and two controls
     assert len(requests) == jobs + 4
     assert len(Journal(tmp_path / "j").values) == jobs
     assert judges.judge(judge, *talks(2), Journal(tmp_path / "j")) == found
@@ -147,7 +225,7 @@ def test_an_answer_that_never_came_is_not_kept_and_asked_for_again(faulty, tmp_p
     found = judges.judge(judge, *talks(2), Journal(tmp_path / "j"))
     assert all(record["value"] == 4.0 for record in found)
     kept = Journal(tmp_path / "j").values
-    assert len(kept) == 10
+    assert len(kept) == 16
     assert None not in kept.values()
     assert [key[-2:] for key in kept].count("#1") == 1
 
@@ -195,23 +273,85 @@ def served():
 
 @pytest.mark.slow
 def test_a_real_server_judges_conversations(served, tmp_path, monkeypatch):
-    monkeypatch.setitem(judges.ASSET, "judges", {"EGS": judges.ASSET["judges"]["EGS"]})  # one question a conversation
     monkeypatch.setattr(judges, "ATTEMPTS", 1)
-    judge = judges.load_judge(served)
-    found = judges.judge(judge, *talks(2), Journal(tmp_path / "j"))
-    assert len(found) == 2 * 4 * 4  # conversations, replies with controls, criteria
+    judge, (records, rows) = judges.load_judge(served), talks(1)
+    found = judges.judge(judge, records, rows, Journal(tmp_path / "j"), wordings=["EGS"])
+    assert len(found) == 3 * 4  # two replies and an empty one, criteria
     kept = Journal(tmp_path / "j").values
-    assert len(kept) == 2
+    assert len(kept) == 3
     assert all(isinstance(answer, str) and answer.strip() for answer in kept.values())
-    assert judges.judge(judge, *talks(2), Journal(tmp_path / "j")) == found
+    assert judges.judge(judge, records, rows, Journal(tmp_path / "j"), wordings=["EGS"]) == found
 
 
 def test_a_report_has_the_scores_of_its_judges(data, tmp_path, monkeypatch):
     module = sys.modules[evaluate.__module__]
     monkeypatch.setattr(module, "load_judge", lambda *_: ScriptedJudge(lambda *_: 4))
     system = system_of(lambda query: f"{query.condition} {query.row.transcript}")
-    result = evaluate("x", [str(data)], tmp_path, ["conversation"], limit=2, system=system, judges=["any"])
+    result = evaluate("x", [str(data)], tmp_path, ["conversation"], limit=6, system=system, judges=["any"])
     scores = [f for f in result["figures"] if f["judge"] == "scripted" and f["metric"] == "EGS C1"]
     assert {f["condition"] for f in scores} >= {"P&L", "text", *judges.CONTROLS}
     assert all(f["value"] == 4 for f in scores)
     assert any("scripted is too weak" in warning for warning in result["warnings"])
+
+
+def styletalk(folder) -> str:
+    """Three turns of users, and one with exchanged roles, as the reader of StyleTalk gives them."""
+    rows = []
+    for n, corpus in enumerate(("styletalk", "styletalk", "styletalk", "styletalk_reversed")):
+        known = {"id": f"d_{n}/{'r' if n == 3 else 'c'}_0", "corpus": corpus, "split": "test", "emotion": "sad"}
+        known |= {"transcript": f"words {n}", "dialogue": f"d_{n}", "history": HISTORY, "audio": f"{n}.wav"}
+        rows.append(make_row(**known))
+    write_table(rows, folder / "styletalk.parquet")
+    return str(folder / "styletalk.parquet")
+
+
+def yes_or_no(query):
+    """No where the roles are exchanged."""
+    return "No." if query.row.corpus == "styletalk_reversed" else "Yes."
+
+
+def test_two_judges_score_both_roles_and_another_system_in_one_command(faulty, tmp_path):
+    """The paper's Table IV: for each judge the systems, by role and with both roles together."""
+    url, _, requests = faulty
+    data, strict, lenient = styletalk(tmp_path), url, url.replace("#m", "#lenient")
+    other = system_of(lambda query: "No.")
+    evaluate("other", [data], tmp_path / "other", ["conversation"], system=other)
+    assert not requests
+    options = {"judges": [strict, lenient], "beside": [tmp_path / "other"], "system": system_of(yes_or_no)}
+    result = evaluate("x", [data], tmp_path / "out", ["conversation"], **options)
+    tables = [t for t in result["tables"] if t["title"].startswith("paper, Table IV")]
+    assert [t["title"] for t in tables] == [f"paper, Table IV: judge {name}" for name in (strict, lenient)]
+    # "Yes." gets 4 and "No." 3, by the lenient judge one more; three turns of users, one with exchanged roles.
+    for more, table in enumerate(tables):
+        assert table["head"][1:] == [
+            "CS content",
+            "CS style",
+            *(f"EGS C{n}" for n in "1234"),
+            "turns",
+            "unread answers %",
+        ]
+        scores = {label: ({text.split()[0] for text in texts[:6]}, texts[6:]) for label, *texts in table["rows"]}
+        assert scores == {
+            "styletalk, user's turn, P&L-Embs": ({f"{4 + more}.00"}, ["3", "0.0"]),
+            "styletalk, user's turn, other": ({f"{3 + more}.00"}, ["3", "0.0"]),
+            "styletalk, roles reversed, P&L-Embs": ({f"{3 + more}.00"}, ["1", "0.0"]),
+            "styletalk, roles reversed, other": ({f"{3 + more}.00"}, ["1", "0.0"]),
+            "styletalk, both roles, P&L-Embs": ({f"{3 + more}.75"}, ["4", "0.0"]),
+            "styletalk, both roles, other": ({f"{3 + more}.00"}, ["4", "0.0"]),
+        }
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"<h3>paper, Table IV: judge {lenient}</h3>" in page
+    assert not any("sad" in r["messages"][0]["content"] for r in requests)
+    count = len(requests)
+    assert evaluate("x", [data], tmp_path / "out", ["conversation"], **options)["figures"] == result["figures"]
+    assert len(requests) == count  # the journal answers
+
+
+def test_a_wrong_name_is_told_before_anything_is_asked(data, tmp_path):
+    options = {"suites": ["conversation"], "system": system_of(lambda query: pytest.fail("asked"))}
+    with pytest.raises(ValueError, match=r"no wording 'cs' of judges; there are CS, EGS, CS-style-told"):
+        evaluate("x", [str(data)], tmp_path / "a", wordings=["cs"], **options)
+    with pytest.raises(FileNotFoundError, match="nowhere holds no finished evaluation"):
+        evaluate("x", [str(data)], tmp_path / "a", beside=[tmp_path / "nowhere"], **options)
+    with pytest.raises(ValueError, match="two folders of one name"):
+        evaluate("x", [str(data)], tmp_path / "a", beside=[tmp_path / "r", tmp_path / "q" / "r"], **options)

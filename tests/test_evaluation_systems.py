@@ -1,10 +1,13 @@
-"""Systems: the swap of branches, the answer loss, files of replies, Qwen2-Audio."""
+"""Systems: the swap of branches, the answer loss, files of replies, Qwen2-Audio, cascades."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from evaluated import figure, records_of, table
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import _tokenizer
 from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
@@ -13,7 +16,8 @@ from dual_slm.training.corpora.table import read_table
 from dual_slm.training.evaluation.context import EvaluationContext
 from dual_slm.training.evaluation.evaluate import evaluate
 from dual_slm.training.evaluation.suites import disentanglement
-from dual_slm.training.evaluation.systems import CONDITIONS, Checkpoint, Replies
+from dual_slm.training.evaluation.systems import CONDITIONS, Checkpoint, Replies, load_system
+from dual_slm.training.files import DEMO_CLIP
 from dual_slm.training.tasks import label_sets
 
 pytest_plugins = ["evaluation_fixtures"]
@@ -72,8 +76,9 @@ def test_a_swap_takes_the_voice_of_one_clip_and_the_words_of_another(tiny, clips
         assert torch.equal(mixed.linguistic_token_ids, only_b.linguistic_token_ids)
 
 
-def test_qwen2_audio_answers_through_transformers(tmp_path):
-    """The real classes with small random weights: the chat format, the placeholder of the clip, a reply of its own."""
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> Path:
+    """The real classes of Qwen2-Audio with small random weights, in bfloat16 as the released ones."""
     from transformers import (
         Qwen2AudioConfig,
         Qwen2AudioForConditionalGeneration,
@@ -81,6 +86,7 @@ def test_qwen2_audio_answers_through_transformers(tmp_path):
         WhisperFeatureExtractor,
     )
 
+    folder = tmp_path_factory.mktemp("qwen")
     tokenizer = _tokenizer()
     tokenizer.add_tokens(["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"], special_tokens=True)
     tokenizer.chat_template = None  # Qwen2-Audio's processor has its own
@@ -93,11 +99,15 @@ def test_qwen2_audio_answers_through_transformers(tmp_path):
         audio_token_id=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
     )
     torch.manual_seed(0)
-    Qwen2AudioForConditionalGeneration(config).save_pretrained(tmp_path / "q")
-    extractor = WhisperFeatureExtractor(feature_size=128)
-    Qwen2AudioProcessor(extractor, tokenizer).save_pretrained(tmp_path / "q")
+    Qwen2AudioForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=128), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_qwen2_audio_answers_through_transformers(qwen, tmp_path):
+    """The chat format, the placeholder of the clip, a reply of its own."""
     data = table(tmp_path)
-    result = evaluate(str(tmp_path / "q"), [data], tmp_path / "out", suites=["attributes"], limit=2)
+    result = evaluate(str(qwen), [str(data)], tmp_path / "out", suites=["attributes"], limit=2)
     records = [json.loads(line) for line in (tmp_path / "out" / "attributes.jsonl").read_text().splitlines()]
     assert {r["condition"] for r in records} == {"P&L"}
     assert all("<|AUDIO|>" in r["prompt"] and "<|im_start|>assistant" in r["prompt"] for r in records)
@@ -107,6 +117,54 @@ def test_qwen2_audio_answers_through_transformers(tmp_path):
         llama.mkdir()
         (llama / "config.json").write_text('{"model_type": "llama"}')
         evaluate(str(llama), [data], tmp_path / "no")
+
+
+def query_of(row: Row, task: str, **options):
+    (found,) = EvaluationContext([row], label_sets([row]), ("P&L",), **options).queries("s", ["P&L"], task, [row])
+    return replace(found, max_new_tokens=4)
+
+
+def test_qwen2_audio_gets_system_history_clip_and_instruction(qwen, clips):
+    """In this order, the clip before the text of its turn, and nothing of the transcript."""
+    history = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes?"}]
+    talk = query_of(clips[0].replace(history=history, response="Fine.", system="Be kind."), "dialogue")
+    system = load_system(str(qwen), "unused")
+    assert system.prompt(talk) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello.<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+        "<|im_start|>user\nAudio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n<|im_end|>\n<|im_start|>assistant\n"
+    )
+    asked = next(q for n in range(9) if (q := query_of(clips[n], "gender")).sample.messages[0]["role"] == "user")
+    instruction = asked.sample.messages[0]["content"][1]["text"]
+    assert f"<|audio_eos|>\n{instruction}<|im_end|>" in system.prompt(asked)
+    replies = [reply for _, reply in system.reply([talk, asked])]
+    assert len(replies) == 2 and all(isinstance(reply, str) for reply in replies)
+
+
+def test_a_cascade_answers_about_the_words_that_its_whisper_hears(tiny_backbones, tmp_path):
+    """Real speech and Whisper's real decoder; a random LLM reads the words in the prompt of our systems."""
+    row = Row(id="d", corpus="c", split="test", audio=str(DEMO_CLIP), transcript="other words", gender="female")
+    system = load_system(f"cascade:whisper-tiny.en+{tiny_backbones[1]}", tmp_path)
+    heard, read = EvaluationContext([row], label_sets([row]), system.conditions).queries(
+        "s", ["P only", "P&L", "text"], "asr", [row]
+    )
+    assert (heard.condition, read.condition) == ("P&L", "text")
+    words = system.prompt(heard).lower()
+    assert "which was the big news of the day" in words and "other words" not in words
+    assert "other words" in system.prompt(read) and "big news" not in system.prompt(read)
+    short = [replace(heard, max_new_tokens=3), replace(read, max_new_tokens=5)]
+    replies = {query.condition: reply for query, reply in system.reply(short)}
+    llm = AutoModelForCausalLM.from_pretrained(tiny_backbones[1])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_backbones[1])
+    for query in short:
+        ids = tokenizer(system.prompt(query), return_tensors="pt", add_special_tokens=False)
+        output = llm.generate(**ids, max_new_tokens=query.max_new_tokens, do_sample=False)
+        text = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert replies[query.condition] == text.strip()
+
+
+def test_a_name_that_is_no_cascade_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'cascade:whisper-base' names no cascade; write cascade:WHISPER\+LLM"):
+        load_system("cascade:whisper-base", tmp_path)
 
 
 def test_the_journal_keeps_its_keys(clips):

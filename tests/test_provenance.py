@@ -29,8 +29,8 @@ def run(tiny_backbones, tmp_path) -> Path:
     """A finished run with a lexicon; its tables are in the same folder."""
     model, _ = make_model(tiny_backbones, kind="letters")
     model.save_pretrained(tmp_path / "final")
-    recipe = {"data": {"tables": ["t.parquet"]}, "warm_start": {"tables": ["words.parquet"], "lexicon": ["lines.txt"]}}
-    recipe["stages"] = []
+    stage_0 = {"tables": ["words.parquet"], "lexicon": ["lines.txt"]}
+    recipe = {"data": {"tables": ["t.parquet"]}, "warm_start": stage_0, "stages": []}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return tmp_path
 
@@ -64,6 +64,7 @@ CLIP = (said("dig", "test", audio=__file__), said("fox", audio=__file__))
         ({"lines": "the fox\nbe a lazy dog\n"}, ["Be a LAZY dog!"], LEAK),
         ({"rows": (SPEAKER,)}, [], "1 speakers of c, test, are in training (train speaker)"),
         ({"rows": CLIP}, [], "1 clips of c, test, are in training"),
+        ({"rows": (said("be a lazy dog", "test"),), "lines": "be a lazy dog"}, [], LEAK),
     ],
 )
 def test_words_of_held_out_speakers_are_refused_wherever_they_are(run, changes, held_out, message):
@@ -101,11 +102,38 @@ def test_corpora_of_few_sentences_hold_no_words_back():
     assert held_out_texts(rows) == ["a dog"]
 
 
+def test_the_words_of_another_run_are_followed_to_its_tables(run, tmp_path):
+    """`warm_start.linguistic_from` takes the letters and the lexicon of a run on other tables."""
+    make_tables(run)
+    later = tmp_path / "later"
+    (later / "final").mkdir(parents=True)
+    for file in (run / "final").iterdir():
+        (later / "final" / file.name).write_bytes(file.read_bytes())
+    write_table([said("a dog"), said("a fox", "test", id="later")], run / "later.parquet")
+    recipe = {
+        "data": {"tables": ["later.parquet"]},
+        "warm_start": {"linguistic_from": "final", "steps": 0},
+        "stages": [],
+    }
+    (later / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (found,) = check_release(later, run, [], [])
+    assert found.rows == 2 and found.shared["lexicon bigrams not in train"].found == 0
+    (run / "lines.txt").write_text("the dog will be lazy")
+    with pytest.raises(
+        ValueError, match="1 texts are those of held-out speakers, the first is 'the dog will be lazy'"
+    ):
+        check_release(later, run, [], ["The dog will be lazy."])
+    recipe["warm_start"]["linguistic_from"] = "elsewhere/final"
+    (later / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match="elsewhere/final is not the `final` of a run"):
+        check_release(later, run, [], [])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"real speech is not at {SHARED_DATA}")
 def test_the_released_texts_have_no_sentence_of_a_test_clip():
     texts = {" ".join(re.findall("[a-z']+", text)) for text in sentences(SHARED_DATA)}
     assert len(texts) > 40_000
     for folder in ("librispeech_subset", "librispeech_test_clean"):
-        held_out = {row.transcript.lower() for row in read_folder(SHARED_DATA / folder) if row.split == "test"}
+        held_out = {str(row.transcript).lower() for row in read_folder(SHARED_DATA / folder) if row.split == "test"}
         assert len(held_out) >= 45 and not held_out & texts

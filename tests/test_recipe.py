@@ -89,6 +89,41 @@ def test_letters_refuse_what_they_do_not_have(settings, message):
         load_recipe("speedrun", settings)
 
 
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ("{c: {asr: 1}, emotion: 1}", "stage joint: tasks gives emotion no corpus, and others one: write CORPUS"),
+        ("{c: {asrr: 1}}", "stage joint: no task 'asrr'; did you mean 'asr'"),
+        ("{c: {asr: 0}}", r"tasks\.c\.asr is 0; it must be a number above 0: leave out what"),
+        ("{c: {asr: .inf}}", r"tasks\.c\.asr is inf; it must be a number above 0"),
+        ("{c: {asr: true}}", r"tasks\.c\.asr is True; it must be a number"),
+        ("{asr: -1}", r"tasks\.asr is -1; it must be a number above 0"),
+        ("{asr: often}", r"tasks\.asr is 'often'; it must be a number"),
+        ("{c: {}}", "stage joint: names no tasks"),
+    ],
+)
+def test_the_form_of_tasks_is_checked(tasks, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("speedrun", [f"stages.0.tasks={tasks}"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("repeat={c: 2}", "repeat is {'c': 2} beside tasks by corpus: their exposures say"),
+        ("balanced=true", "balanced is True beside tasks by corpus"),
+        ("best_by=accuracy_gender", r"best_by is 'accuracy_gender'; it must be one of loss, wer, accuracy_emotion\."),
+    ],
+)
+def test_what_tasks_by_corpus_exclude_is_refused(setting, message):
+    tasks = "stages.0.tasks={c: {asr: 1}, d: {emotion: 0.5}}"
+    with pytest.raises(ValueError, match=message):
+        load_recipe("speedrun", [tasks, f"stages.0.{setting}"])
+    stage = load_recipe("speedrun", [tasks, "stages.0.best_by=accuracy_emotion"]).stages[0]
+    assert stage.task_names == ["asr", "emotion"]
+    assert [stage.share(corpus, "emotion") for corpus in "cde"] == [0, 0.5, 0]
+
+
 def test_settings_change_a_recipe():
     recipe = load_recipe("speedrun", ["stages.1.learning_rate=3e-4", "train.seed=5", "data.tables=[a.parquet]"])
     assert recipe.stages[1].learning_rate == 3e-4

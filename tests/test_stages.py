@@ -1,5 +1,6 @@
 """Stage 0's rows, the validation's items, the replies' figures and the curves of a stage."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -92,6 +93,16 @@ def test_validation_asks_the_tasks_in_turn_and_hears_both_branches(small):
     assert durations == sorted(durations)
     again = validation_items(dataset, rows[::-1], 7)  # whatever the order of the tables
     assert {item.row.id for item in again} == {item.row.id for item in items}
+
+
+def test_validation_asks_the_tasks_of_each_corpus_in_turn(small):
+    _, rows = small
+    table = [*rows, *(row.replace(corpus="d") for row in rows)]
+    tasks = {"c": {"asr": 1}, "d": {"emotion": 0.01, "gender": 2}}
+    dataset = StageDataset(table, StageRecipe(name="s", tasks=tasks), seed=0)
+    items = validation_items(dataset, table, 9)
+    asked = Counter((item.row.corpus, item.sample.task) for item in items)
+    assert asked == {("c", "asr"): 3, ("d", "emotion"): 3, ("d", "gender"): 3}
 
 
 def test_replies_become_figures_of_their_tasks(small, capsys):

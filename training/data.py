@@ -3,6 +3,8 @@
 import hashlib
 import os
 import platform
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +21,10 @@ from .corpora.folder import read
 from .corpora.row import Row
 from .corpora.synthesis import build, read_texts
 from .corpora.table import read_table, write_table
-from .files import Journal
+from .files import Journal, read_lines
 from .labels import ATTRIBUTES
 from .recipe import Recipe, WarmStartRecipe
-from .tasks import lend_histories
+from .tasks import cut_history, lend_histories, tasks_of
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Data:
 def load_data(recipe: Recipe, folder: Path, config: DualSLMConfig, device: str = "cpu") -> Data:
     """Rows of the recipe's tables, or of a small corpus that is synthesised into the run's folder.
 
-    The frozen LLM answers rows that have no response yet, if the recipe asks for it.
+    Histories are cut and the frozen LLM answers rows that have no response of its own yet, if the recipe asks for it.
 
     Args:
         folder: of the run, which keeps the corpus and the responses.
@@ -47,7 +49,7 @@ def load_data(recipe: Recipe, folder: Path, config: DualSLMConfig, device: str =
 
     Raises:
         FileNotFoundError: audio files are gone since the tables were made.
-        ValueError: no row of train or validation.
+        ValueError: no row of train or validation, or none for a corpus and task of a stage.
     """
     args, tables = recipe.data, [Path(table) for table in recipe.data.tables]
     if args.synthesise_hours > 0:
@@ -57,7 +59,7 @@ def load_data(recipe: Recipe, folder: Path, config: DualSLMConfig, device: str =
     stage_0 = recipe.warm_start if recipe.warm_start.enabled else WarmStartRecipe()
     words = read_table(*stage_0.tables) if stage_0.tables else []
     words = _with_audio([row for row in words if row.split == "train"], args.skip_damaged)
-    lines = [line for file in stage_0.lexicon for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(stage_0.lexicon)
     splits = {row.split for row in rows}
     if splits != {"train", "validation"}:
         raise ValueError(
@@ -67,6 +69,8 @@ def load_data(recipe: Recipe, folder: Path, config: DualSLMConfig, device: str =
     _tell_unknown_labels(rows, config)
     if args.histories:
         rows = list(lend_histories(rows, read_table(*args.histories), recipe.train.seed))
+    rows = list(cut_dialogues(rows, recipe))
+    check_mapping(rows, recipe)
     rows = _with_responses(rows, recipe, folder, config, device)
     train = [row for row in rows if row.split == "train"]
     validation = [row for row in rows if row.split == "validation"]
@@ -119,11 +123,48 @@ def _tell_unknown_labels(rows: list[Row], config: DualSLMConfig) -> None:
             print(f"{told}: model.config.attribute_labels has {', '.join(labels)}", flush=True)
 
 
+def cut_dialogues(rows: Iterable[Row], recipe: Recipe) -> Iterator[Row]:
+    """The rows and, if `data.cut_histories`, a copy with a shorter history of each training row that learns a dialogue.
+
+    A copy is to be answered anew where the LLM answers. A row that is such a copy already is a ValueError.
+    """
+    anew: dict[str, Any] = {"response_complete": None} if recipe.data.align_responses else {}
+    for row in rows:
+        yield row
+        if recipe.data.cut_histories and row.split == "train" and row.history and recipe.learns_dialogues(row.corpus):
+            if re.search(r"/last\d+$", row.id):
+                raise ValueError(
+                    f"data.cut_histories is true, and the row {row.id} of {row.corpus} has been cut by `dual-slm align "
+                    "--cut`: leave out one of the two."
+                )
+            yield cut_history(row, recipe.train.seed).replace(**anew)
+
+
+def check_mapping(rows: Iterable[Row], recipe: Recipe) -> None:
+    """Raises `ValueError` if no training row is of a corpus that a stage names, or has a target for its task."""
+    known: dict[str, set[str]] = {}
+    for row in rows:
+        if row.split == "train":
+            answered = ["dialogue"] if recipe.data.align_responses and row.transcript else []
+            known.setdefault(row.corpus, set()).update(tasks_of(row), answered)
+    for stage in recipe.stages:
+        for corpus, tasks in stage.tasks.items() if stage.by_corpus else ():
+            if corpus not in known:
+                raise ValueError(
+                    f"stage {stage.name}: tasks has {corpus!r}, and no training row is of that corpus; there are "
+                    f"{', '.join(sorted(known))}. Add its table to data.tables, or leave it out of tasks."
+                )
+            if lacking := set(tasks) - known[corpus]:
+                raise ValueError(
+                    f"stage {stage.name}: no training row of {corpus} has a target for {', '.join(sorted(lacking))}. Label "
+                    f"the table (`dual-slm corpus label`), or leave it out of tasks.{corpus}."
+                )
+
+
 def _with_responses(rows: list[Row], recipe: Recipe, folder: Path, config: DualSLMConfig, device: str) -> list[Row]:
-    """The rows with the frozen LLM's responses where they have none of it, if a stage learns dialogues."""
-    wanted = recipe.data.align_responses and any(stage.tasks.get("dialogue") for stage in recipe.stages)
-    unanswered = [row for row in rows if row.response_complete is None and row.transcript]
-    if not wanted or not unanswered:
+    """The rows with the frozen LLM's responses where they have none of it, if a stage learns dialogues of their corpus."""
+    unanswered = [row for row in rows if to_answer(row, recipe)]
+    if not unanswered:
         return rows
     path = folder / "responses.parquet"
     if not path.is_file():
@@ -134,6 +175,12 @@ def _with_responses(rows: list[Row], recipe: Recipe, folder: Path, config: DualS
     names = ("system", "response", "response_complete")
     answers = {row.key: {name: getattr(row, name) for name in names} for row in read_table(path)}
     return [row.replace(**answers.get(row.key, {})) for row in rows]
+
+
+def to_answer(row: Row, recipe: Recipe) -> bool:
+    """Whether the frozen LLM answers a row of train or validation."""
+    wanted = recipe.data.align_responses and recipe.learns_dialogues(row.corpus)
+    return wanted and row.response_complete is None and bool(row.transcript)
 
 
 def _fingerprint(rows: list[Row], lines: list[str]) -> str:

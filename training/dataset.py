@@ -1,16 +1,21 @@
 """The training set of one stage: rows -> items with drawn tasks and sources, and batches of similar size."""
 
 import random
-from collections import defaultdict
+from array import array
+from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from itertools import count
+from dataclasses import dataclass
+from itertools import accumulate, count
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from .batches import batched
 from .collator import Item, Teacher
 from .corpora.row import Row
 from .err import draw_sources
+from .labels import TASKS
 from .recipe import StageRecipe
 from .tasks import label_sets, make_sample, tasks_of
 from .text import hash_uniform
@@ -18,10 +23,45 @@ from .text import hash_uniform
 BUCKET_SPAN = 32  # batches whose rows are sorted by length together; not all of them, so that epochs differ
 
 
-class StageDataset(Dataset[Item]):
-    """Rows as the items of one stage. Rows of rare corpora are repeated if the stage says so.
+@dataclass(frozen=True)
+class Exposures:
+    """What a stage asks of one corpus for one task: so many places an epoch, out of an endless repetition of its rows."""
 
-    An item is a function of (seed, epoch, row) alone: it does not depend on the process or the order of reading.
+    corpus: str
+    task: str
+    order: np.ndarray  # (n,) indices of the rows that have a target; by hash if an epoch leaves some out
+    places: int  # instances an epoch
+
+    def at(self, epoch: int, number: int) -> tuple[int, int]:
+        """Index of the row at a place of an epoch, and how often the row has been met before."""
+        visit, place = divmod(epoch * self.places + number, len(self.order))
+        return int(self.order[place]), visit
+
+
+def exposures(rows: list[Row], stage: StageRecipe, seed: int) -> list[Exposures]:
+    """The exposures of each corpus and task that a stage maps and that a row has a target for, one an epoch at least."""
+    found: dict[tuple[str, str], array] = {(c, task): array("i") for c, tasks in stage.tasks.items() for task in tasks}
+    for index, row in enumerate(rows):
+        for task in tasks_of(row) if row.corpus in stage.tasks else ():
+            if (row.corpus, task) in found:
+                found[row.corpus, task].append(index)
+    groups = []
+    for (corpus, task), members in found.items():
+        times, order = stage.share(corpus, task), np.array(members)
+        if times % 1:  # an epoch leaves rows out: any, and for each task others
+            keys = [hash_uniform(f"{task}/{rows[i].id}/{rows[i].variant.copy}", seed) for i in members]
+            order = order[np.argsort(keys, kind="stable")]
+        if members:
+            groups.append(Exposures(corpus, task, order, max(1, round(times * len(members)))))
+    return groups
+
+
+class StageDataset(Dataset[Item]):
+    """Rows as the items of one stage.
+
+    With shares of tasks, each row is an item, with one of its tasks. Rows of rare corpora are repeated if the stage says so.
+    With tasks by corpus, each pair of a row and a task is an item in as many epochs, or as often in each, as the stage says.
+    An item is a function of (seed, epoch, index) alone: it does not depend on the process or the order of reading.
 
     Args:
         positional_randomness: see `tasks.make_sample`.
@@ -44,23 +84,47 @@ class StageDataset(Dataset[Item]):
         self.stage, self.seed = stage, seed
         self.positional_randomness, self.teacher = positional_randomness, teacher
         self.choices = choices or label_sets(rows)
-        self.rows = [row for row in rows if self._weights(row) for _ in range(stage.repeat.get(row.corpus, 1))]
+        self.exposures = exposures(rows, stage, seed) if stage.by_corpus else []
+        self._ends = list(accumulate(group.places for group in self.exposures))
+        self.rows = rows if self.exposures else self._repeated(rows)
         if not self.rows:
-            raise ValueError(f"stage {stage.name}: no row has a target for any of {', '.join(stage.tasks)}.")
+            tasks = [f"{c}: {', '.join(part)}" for c, part in stage.tasks.items()] if stage.by_corpus else stage.tasks
+            raise ValueError(f"stage {stage.name}: no row has a target for any of {', '.join(tasks)}.")
         if stage.balanced:
             self.rows = balance(self.rows, seed)
-        numbers = defaultdict(count)
         # Number of each repetition of a row, so that repetitions are drawn apart.
-        self.copies = [next(numbers[row.id, row.variant.copy]) for row in self.rows]
+        numbers = defaultdict(count)
+        self.copies = [] if self.exposures else [next(numbers[row.id, row.variant.copy]) for row in self.rows]
+
+    def _repeated(self, rows: list[Row]) -> list[Row]:
+        return [row for row in rows if self._weights(row) for _ in range(self.stage.repeat.get(row.corpus, 1))]
 
     def _weights(self, row: Row) -> dict[str, float]:
-        return {task: self.stage.tasks[task] for task in tasks_of(row) if self.stage.tasks.get(task, 0) > 0}
+        shares = {task: self.stage.share(row.corpus, task) for task in tasks_of(row)}
+        return {task: share for task, share in shares.items() if share > 0}
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._ends[-1] if self._ends else len(self.rows)
+
+    def instances(self) -> dict[tuple[str, str], float]:
+        """Instances an epoch of each (corpus, task); where rows draw one of their tasks, how many are expected."""
+        if self.exposures:
+            return {(group.corpus, group.task): group.places for group in self.exposures}
+        expected: Counter[tuple[str, str]] = Counter()
+        for row in self.rows:
+            weights = self._weights(row)
+            for task, weight in weights.items():
+                expected[row.corpus, task] += weight / sum(weights.values())  # pyright: ignore[reportArgumentType]
+        return dict(expected)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
+        if self.exposures:
+            number = bisect_right(self._ends, index)
+            group = self.exposures[number]
+            place, visit = group.at(epoch, index - self._ends[number] + group.places)
+            # Each visit is drawn apart, and each task of a visit: ERR's draws know the kind of a task alone.
+            return self.item(self.rows[place], group.task, visit + 1_000_003 * TASKS.index(group.task))
         row, epoch = self.rows[index], epoch + 1_000_003 * self.copies[index]
         weights = self._weights(row)
         draw = random.Random(f"task/{self.seed}/{epoch}/{row.id}/{row.variant.copy}")

@@ -12,10 +12,10 @@ from .corpora.row import Row
 from .corpora.table import read_table
 from .files import read_json, read_lines, write_text
 from .overlap import NOTE, KnownWords, Overlap, compare, describe_overlap, read_lexicon
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, WarmStartRecipe, load_recipe
 from .text import normalize
 
-SAME_WORDS = ("ravdess", "vctk", "fsdd")  # corpora that let all of their speakers say the same words
+SAME_WORDS = ("ravdess", "vctk", "fsdd", "synthetic")  # corpora that let all of their speakers say the same words
 SHORT = 4  # words: a shorter sentence that two people say is chance
 SECTION = ("<!-- overlap: written by training.released -->", "<!-- end of overlap -->")
 
@@ -33,28 +33,44 @@ def check_release(run: Path, tables: Path, tests: Iterable[Path], held_out: Iter
         ValueError: a speaker, a clip or a sentence of a test is in training, a held-out text is, or the lexicon has
             words or bigrams that no text of the run explains.
     """
-    recipe = load_recipe(str(run / "recipe.yaml"))
-    rows = list(read_table(*_paths(tables, [*recipe.data.tables, *_stage_0_tables(recipe)])))
-    train = [row for row in rows if row.split == "train"]
-    test = [row for row in rows if row.split != "train" and not row.voice_only]
+    train, test, lines = _data(load_recipe(str(run / "recipe.yaml")), tables)
     test += [row for table in tests for row in read_table(table) if row.split != "train"]
-    lines = read_lines(_paths(tables, recipe.warm_start.lexicon))
     spells = read_json(run / "final/config.json").get("linguistic_adapter_type") == "letters"
     lexicon = read_lexicon(str(run / "final")) if spells else None
     overlaps = compare(test, train, lexicon, lines)
     said = [*(str(row.transcript) for row in train if row.transcript and not row.voice_only), *lines]
-    faults = [*_shared(overlaps), *_held_out(said, held_out), *(_unexplained(lexicon, said) if lexicon else [])]
+    faults = [
+        *_shared(overlaps),
+        *_held_out(said, [*held_out, *held_out_texts(test)]),
+        *(_unexplained(lexicon, said) if lexicon else []),
+    ]
     if faults:
         raise ValueError(f"{run} is not released: " + "; ".join(faults) + ". Make the tables again without them.")
     return overlaps
 
 
+def _data(recipe: Recipe, tables: Path) -> tuple[list[Row], list[Row], list[str]]:
+    """Training rows, held-out rows and more texts of a recipe, and of the run that its words come from."""
+    stage_0 = recipe.warm_start if recipe.warm_start.enabled else WarmStartRecipe()
+    rows = list(read_table(*_paths(tables, [*recipe.data.tables, *stage_0.tables])))
+    train = [row for row in rows if row.split == "train"]
+    test = [row for row in rows if row.split != "train" and not row.voice_only]
+    lines = read_lines(_paths(tables, stage_0.lexicon))
+    if stage_0.linguistic_from:
+        source = tables / stage_0.linguistic_from / "../recipe.yaml"
+        if not source.is_file():
+            raise ValueError(
+                f"{stage_0.linguistic_from} is not the `final` of a run, so nothing says what its words were trained on: "
+                "name the run's folder in warm_start.linguistic_from."
+            )
+        more, held_out, texts = _data(load_recipe(str(source)), tables)
+        train, test, lines = [*train, *more], [*test, *held_out], [*lines, *texts]
+    unique = {(row.key, row.split): row for row in test}
+    return train, list(unique.values()), lines
+
+
 def _paths(folder: Path, names: Iterable[str]) -> list[str]:
     return [str(folder / name) for name in names]
-
-
-def _stage_0_tables(recipe: Recipe) -> list[str]:
-    return recipe.warm_start.tables if recipe.warm_start.enabled else []
 
 
 def _shared(overlaps: Sequence[Overlap]) -> list[str]:

@@ -52,7 +52,13 @@ class DataRecipe:
     revoice: dict = option(dict, "corpus -> augmented copies in other voices of each training clip")
     synthesise_hours: float = option(0.0, "hours of speech that are synthesised besides the tables")
     synthesise_engines: list[str] = option(lambda: list(ENGINES), "text-to-speech engines that speak them")
-    align_responses: bool = option(True, "let the frozen LLM answer all rows, and replace a corpus's own answers")
+    align_responses: bool = option(
+        True,
+        "let the frozen LLM answer the rows of corpora with the dialogue task, in place of the corpus's own answers",
+    )
+    cut_histories: bool = option(
+        False, "add to each training row of these corpora that has a history a copy with a shorter one (section IV-A)"
+    )
     alignment: dict = option(dict, "fields of AlignmentConfig")
     histories: list[str] = option(list, "tables whose text dialogues become the history of rows without one")
     validation_rows: int = option(64, "rows that a validation reads")
@@ -86,11 +92,15 @@ class StageRecipe:
 
     name: str = option("", "of the stage and its folder; each stage has its own")
     err_stage: Literal["joint", "disentangle", "holistic"] = option("joint", "stage 1, 2 or 3 of ERR")
-    tasks: dict = option(dict, "task -> share among the tasks that a row has a target for")
+    tasks: dict = option(
+        dict,
+        "task -> share among the tasks that a row has a target for, one of which it draws in each epoch. Or corpus -> task "
+        "-> exposures: how often an epoch asks each row (0.1: a tenth of the rows, others in the next epoch)",
+    )
     learning_rate: float = option(5e-5, "of what has no rate of its own below")
     paralinguistic_learning_rate: float | None = option(None, "0 freezes the adapter")
     linguistic_learning_rate: float | None = option(None, "of the paper's adapter; character CTC learns in stage 0")
-    epochs: float = option(3.0, "passes through the rows")
+    epochs: float = option(3.0, "passes through the rows, or through their exposures")
     max_steps: int = option(-1, "if positive, steps of the stage in place of `epochs`")
     warmup_steps: int = option(0, "steps in which the rates rise from 0")
     lr_scheduler_type: str = option("linear", "a schedule of transformers: linear, cosine, constant ...")
@@ -108,6 +118,21 @@ class StageRecipe:
     residual_learning_rate: float | None = option(None, "of the vectors that paralinguistic_soft_residual adds")
     caption_share: float = option(0.0, "weight of stage 0's loss on captions (emosllm: labels) in this stage")
     best_by: str = option("loss", "validation figure that chooses the checkpoint: loss, wer, accuracy_TASK")
+
+    @property
+    def by_corpus(self) -> bool:
+        """Whether `tasks` gives exposures for each corpus."""
+        return any(isinstance(value, dict) for value in self.tasks.values())
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks of all corpora."""
+        names = [task for tasks in self.tasks.values() for task in tasks] if self.by_corpus else self.tasks
+        return list(dict.fromkeys(names))
+
+    def share(self, corpus: str, task: str) -> float:
+        """Share or exposures of a task for rows of a corpus; 0 where the stage does not ask for it."""
+        return (self.tasks.get(corpus, {}) if self.by_corpus else self.tasks).get(task, 0)
 
     @property
     def source_rules(self) -> SourceRules:
@@ -209,6 +234,10 @@ class Recipe:
     warm_start: WarmStartRecipe
     train: TrainRecipe
     stages: list[StageRecipe]
+
+    def learns_dialogues(self, corpus: str) -> bool:
+        """Whether a stage asks rows of this corpus for dialogues."""
+        return any(stage.share(corpus, "dialogue") > 0 for stage in self.stages)
 
     def to_yaml(self) -> str:
         """The same text on every machine, by which a run that is resumed knows its recipe."""
@@ -333,6 +362,28 @@ def _refuse_retired(values: dict[str, Any], where: str) -> None:
         )
 
 
+def _mapping_fault(stage: StageRecipe) -> str | None:
+    """What is wrong with the form of `tasks`: numbers by task, or by corpus and task."""
+    by_corpus, tasks = stage.by_corpus, stage.tasks
+    if by_corpus and (bare := [name for name, value in tasks.items() if not isinstance(value, dict)]):
+        return (
+            f"tasks gives {', '.join(bare)} no corpus, and others one: write CORPUS: {{TASK: EXPOSURES}} for all of them, "
+            "or TASK: SHARE for all"
+        )
+    pairs = [((c, t), n) for c, part in tasks.items() for t, n in part.items()] if by_corpus else tasks.items()
+    for key, number in pairs:
+        known = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if not known or number < 0 or (by_corpus and not 0 < number < float("inf")):
+            name = ".".join(key) if isinstance(key, tuple) else key
+            return f"tasks.{name} is {number!r}; it must be a number above 0: leave out what is not to be trained"
+    for name in ("repeat", "balanced"):
+        if by_corpus and getattr(stage, name):
+            return (
+                f"{name} is {getattr(stage, name)!r} beside tasks by corpus: their exposures say how often rows count"
+            )
+    return None
+
+
 def _faults(recipe: Recipe) -> list[str]:
     """Names that nothing has, and keys that contradict each other. DualSLMConfig refuses what a model forbids."""
     model, data, train, warm_start = recipe.model, recipe.data, recipe.train, recipe.warm_start
@@ -342,14 +393,16 @@ def _faults(recipe: Recipe) -> list[str]:
     faults = []
     for stage in recipe.stages:
         where = f"stage {stage.name}:"
-        named += [(f"{where} no task", task, TASKS) for task in stage.tasks]
+        if told := _mapping_fault(stage):
+            return [f"{where} {told}"]
+        named += [(f"{where} no task", task, TASKS) for task in stage.task_names]
         named += [(f"{where} facts: no", fact, ATTRIBUTES) for fact in stage.facts]
-        figures = ["wer" if task == "asr" else f"accuracy_{task}" for task in stage.tasks if task != "dialogue"]
+        figures = ["wer" if task == "asr" else f"accuracy_{task}" for task in stage.task_names if task != "dialogue"]
         for key, known in (("best_by", ["loss", *figures]), ("lr_scheduler_type", schedules)):
             value = getattr(stage, key)
             if value not in known:
                 faults.append(f"{where} {key} is {value!r}; it must be one of {', '.join(known)}")
-        if not stage.tasks:
+        if not stage.task_names:
             faults.append(f"{where} names no tasks ({', '.join(TASKS)})")
         if stage.caption_share and model.adapters == "paper":
             faults.append(f"{where} caption_share needs model.adapters: warm_start or emosllm")

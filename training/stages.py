@@ -91,6 +91,8 @@ def _teach_words(run: Run, folder: Path) -> Log:
     known, known_bigrams = map(Counter, adapter.lexicon.known(alphabet))
     words, bigrams = word_counts(texts, alphabet) | known, bigram_counts(texts, alphabet) | known_bigrams
     load_state(adapter.lexicon, lexicon_rows(run.processor.tokenizer, words, bigrams, alphabet))
+    if not args.steps:  # the letters of `linguistic_from` stay as they are
+        return []
     descent = Descent(
         args.steps,
         args.learning_rate,
@@ -224,17 +226,22 @@ def run_stage(run: Run, stage: StageRecipe, folder: Path, resume: bool, teacher:
 
 
 def validation_items(dataset: StageDataset, rows: list[Row], limit: int, multiple: int = 1) -> list[Item]:
-    """At most `limit` validation items of the stage's tasks in turn, sorted by duration.
+    """At most `limit` validation items of the stage's tasks (of each corpus, if it maps them) in turn, sorted by duration.
 
     Both branches come from what the stage hears. The number of items is a `multiple` if there are enough.
     """
     rows = sorted(rows, key=lambda row: hash_uniform(row.id))  # mixes the corpora, whatever the order of the tables
-    able = ([(row, task) for row in rows if task in tasks_of(row)] for task in dataset.stage.tasks)
-    pairs = [pair for turn in zip_longest(*able) for pair in turn if pair]
+    stage = dataset.stage
+    able: dict[tuple[str, str], list[tuple[Row, str]]] = {}  # a turn for each task, or for each corpus and task
+    for task in stage.task_names:
+        for row in rows:
+            if task in tasks_of(row) and stage.share(row.corpus, task) > 0:
+                able.setdefault((row.corpus if stage.by_corpus else "", task), []).append((row, task))
+    pairs = [pair for turn in zip_longest(*able.values()) for pair in turn if pair]
     items = []
     for row, task in pairs[: min(limit, len(pairs)) // multiple * multiple or limit]:
         item = dataset.item(row, task)
-        items.append(replace(item, sources=heard_sources(dataset.stage.source_rules, item.row, item.sources)))
+        items.append(replace(item, sources=heard_sources(stage.source_rules, item.row, item.sources)))
     return sorted(items, key=lambda item: item.sample.duration or 0.0)
 
 

@@ -12,7 +12,7 @@ from ..turns_dual_slm import AUDIO_MARK
 from .corpora import CORPORA
 from .corpora.row import Row
 from .labels import ATTRIBUTES, SPLITS
-from .tasks import label_sets, make_sample, tasks_of
+from .tasks import Message, label_sets, make_sample, tasks_of
 
 _COLOURS = {"train": "#4477aa", "validation": "#ccbb44", "test": "#ee6677"}
 _LINE = "{corpus:<20}{split:<12}{rows:>8,}{audio:>8,}{hours:>9.2f}{speakers:>10,}{dialogues:>11,}{responses:>11,}"
@@ -74,13 +74,30 @@ def first_speech_positions(rows: Sequence[Row], tokenizer: Any, seed: int = 0, l
             continue
         # Positions are varied for dialogues, so a row that can be a dialogue is one.
         task = "dialogue" if "dialogue" in tasks else tasks[index % len(tasks)]
-        messages = make_sample(row, task, choices, seed).messages
-        spoken = {**messages[-1], "content": AUDIO_MARK}
-        text = tokenizer.apply_chat_template(fit_messages([*messages[:-1], spoken], tokenizer), tokenize=False)
-        positions.append(len(tokenizer(text.split(AUDIO_MARK)[0], add_special_tokens=False)["input_ids"]))
+        positions.append(speech_position(make_sample(row, task, choices, seed).messages, tokenizer))
         if len(positions) == limit:
             break
     return positions
+
+
+def speech_position(messages: Sequence[Message], tokenizer: Any = None) -> int:
+    """Number of tokens before the first speech embedding of a conversation whose last turn is spoken.
+
+    Without a tokenizer it is an estimate: a token for four letters, and five for the marks around each turn.
+    """
+    if tokenizer is None:
+        return sum(len(message["content"]) // 4 + 5 for message in messages[:-1]) + 3
+    spoken = {**messages[-1], "content": AUDIO_MARK}
+    text = tokenizer.apply_chat_template(fit_messages([*messages[:-1], spoken], tokenizer), tokenize=False)
+    return len(tokenizer(text.split(AUDIO_MARK)[0], add_special_tokens=False)["input_ids"])
+
+
+def describe_positions(positions: Sequence[int]) -> str:
+    """Quantiles of `speech_position`, as text."""
+    quantiles = np.quantile(positions, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]).round().astype(int)
+    names = ("least", "5 %", "25 %", "median", "75 %", "95 %", "most")
+    named = (f"{position} ({name})" for position, name in zip(quantiles, names, strict=True))
+    return f"first speech embedding at token {', '.join(named)}"
 
 
 def describe_table(rows: Sequence[Row], positions: Sequence[int] | None = None) -> str:
@@ -96,10 +113,7 @@ def describe_table(rows: Sequence[Row], positions: Sequence[int] | None = None) 
         shares = ", ".join(f"{label} {n:,} ({n / sum(labels.values()):.0%})" for label, n in labels.most_common())
         lines.append(f"{name:<10}{shares or '-'}" + (f"; unknown {unknown:,}" if unknown else ""))
     if positions:
-        quantiles = np.quantile(positions, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]).round().astype(int)
-        names = ("least", "5 %", "25 %", "median", "75 %", "95 %", "most")
-        named = (f"{position} ({name})" for position, name in zip(quantiles, names, strict=True))
-        lines += ["", f"first speech embedding at token {', '.join(named)}"]
+        lines += ["", describe_positions(positions)]
     found, known = leaks(rows)
     lines.append("")
     lines += [f"LEAK  {leak}" for leak in found] or ["no leaks: no speaker, dialogue or audio file is in two splits"]

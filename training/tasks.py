@@ -141,9 +141,14 @@ def cut_histories(rows: Iterable[Row], seed: int = 0) -> Iterator[Row]:
     for row in rows:
         yield row
         if row.history:
-            length = random.Random(f"{seed}/cut/{row.id}").randrange(len(row.history))
-            # The corpus's own response stays: it answers the same turn.
-            yield row.replace(id=f"{row.id}/last{length}", history=row.history[len(row.history) - length :])
+            yield cut_history(row, seed)
+
+
+def cut_history(row: Row, seed: int = 0) -> Row:
+    """A copy of a row with the last turns of its history, at least one fewer."""
+    length = random.Random(f"{seed}/cut/{row.id}").randrange(len(row.history))
+    # The corpus's own response stays: it answers the same turn.
+    return row.replace(id=f"{row.id}/last{length}", history=row.history[len(row.history) - length :])
 
 
 def lend_histories(rows: Iterable[Row], dialogues: Iterable[Row], seed: int = 0, longest: int = 12) -> Iterator[Row]:

@@ -76,7 +76,7 @@ class DualSLMTrainer(Seq2SeqTrainer):
                 f"stage {stage.name}: nothing learns, as the rates of all that there is are 0. Give a learning_rate, or "
                 "for residual_learning_rate add the residual (model.config.paralinguistic_soft_residual)."
             )
-        idle = [task for task in stage.tasks if KINDS[task] not in taught]
+        idle = [task for task in stage.task_names if KINDS[task] not in taught]
         if idle and stage.err and stage.err_stage != "joint":
             raise ValueError(
                 f"stage {stage.name}: {', '.join(idle)} would teach nothing, as ERR lets a task train its own adapter alone "

@@ -11,9 +11,9 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 
 # Not transformers' ASR pipeline: merging its chunks drops a sentence that is said again in the next 30 s, and its long form
 # decodes timestamps and hears other words.
-def transcriber(folder: str | Path) -> Callable[[np.ndarray], str]:
+def transcriber(folder: str | Path, device: str = "cpu") -> Callable[[np.ndarray], str]:
     """The greedy decoder of the Whisper in `folder`, for clips at 16 kHz; it takes 30 s at a time."""
-    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device)
     tokenizer = WhisperTokenizer.from_pretrained(folder)
     extractor = WhisperFeatureExtractor.from_pretrained(folder)
     multilingual = getattr(model.generation_config, "is_multilingual", False)
@@ -23,7 +23,7 @@ def transcriber(folder: str | Path) -> Callable[[np.ndarray], str]:
         chunks = [audio[start : start + extractor.n_samples] for start in range(0, len(audio), extractor.n_samples)]
         features = extractor(chunks, sampling_rate=16_000, return_tensors="pt")
         with torch.inference_mode():
-            tokens = model.generate(features.input_features, **options)
+            tokens = model.generate(features.input_features.to(device), **options)
         return " ".join(text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     return transcribe

@@ -12,7 +12,7 @@ def register(subparsers) -> None:
     text = "change keys of the recipe, for example stages.0.learning_rate=1e-4"
     parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help=text)
     parser.add_argument("--resume", action="store_true", help="continue the run in --output")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan: rows, steps, memory, hours")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan: tasks by corpus, steps, memory, hours")
     parser.add_argument("--list", action="store_true", help="list the recipes")
 
 
@@ -32,7 +32,7 @@ def train(args: argparse.Namespace) -> None:
     if args.dry_run:
         from ..plan import plan
 
-        print(plan(recipe, args.output))
+        print(plan(recipe, args.output or f"runs/{recipe.name}"))
         return
     from ..run import run
 

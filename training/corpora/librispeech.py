@@ -27,7 +27,7 @@ def read(root: Path, report: Report) -> Iterator[Row]:
     for table in tables:
         subset, speaker = table.parts[-4], table.parts[-3]
         known = {"corpus": "librispeech", "split": _SPLIT.get(subset.split("-")[0])}
-        known |= {"speaker": f"librispeech_{speaker}", "gender": gender.get(speaker)}
+        known |= {"speaker": f"librispeech_{speaker}", "gender": gender.get(speaker), "subset": subset}
         if known["split"] is None:
             report.add("subset that is none of train-*, dev-*, test-*, left out", str(table.parents[2]))
             continue

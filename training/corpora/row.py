@@ -52,6 +52,7 @@ class Row:
     response: str | None = None
     response_complete: bool | None = None  # False: cut by a length limit, so no end of turn is trained
     voice_only: bool | None = None  # True: the words are given as text, the audio lends only its voice
+    subset: str | None = None  # the corpus's own name of a part, such as test-clean
     variant: Variant = Variant()
 
     @property

@@ -15,6 +15,7 @@ from .row import COLUMNS, Row
 
 _VALUES = {str: Value("string"), float: Value("float32"), int: Value("int32"), bool: Value("bool")}
 _HISTORY = [{"role": _VALUES[str], "content": _VALUES[str]}]
+_LATER = {"voice_only", "subset"}  # columns that older tables lack
 FEATURES = Features({name: _VALUES.get(kind, _HISTORY) for name, kind in COLUMNS.items()})
 
 
@@ -86,8 +87,8 @@ def _read_parquet(path: str | Path) -> datasets.Dataset:
         table = cast(datasets.Dataset, datasets.Dataset.from_parquet(str(path)))
     except Exception as error:  # pyarrow and datasets raise many kinds
         raise ValueError(f"{path} is no table, or it is damaged ({error.__cause__ or error}).") from None
-    if "voice_only" not in table.column_names:  # tables were once written without this column
-        table = table.add_column("voice_only", [None] * len(table), feature=FEATURES["voice_only"])
+    for column in sorted(_LATER.difference(table.column_names)):
+        table = table.add_column(column, [None] * len(table), feature=FEATURES[column])
     if missing := [column for column in FEATURES if column not in table.column_names]:
         raise ValueError(f"{path}: no column {', '.join(missing)}; it is no table of `dual-slm corpus`.")
     return table.select_columns(list(FEATURES))

@@ -34,26 +34,28 @@ class EvaluationContext:
     conditions: tuple[str, ...]  # those that the system can be asked under
     transcribe: Callable[[Row], str] | None = None  # Whisper's own decoder, for the cascade, if there is one
     speak: Callable[[str], Row] | None = None  # synthesises a sentence, if a voice is installed
-    limit: int | None = None  # number of rows for each corpus and task; None: all
+    limit: int | None = None  # number of rows for each corpus and task, for ASR of each subset; None: all
     seed: int = 0  # of every draw
     words_as_text: bool = False  # without linguistic adapter, the linguistic branch is always the transcript
     facts: tuple[str, ...] = ()  # attributes that the prompts tell in words
     tasks: tuple[str, ...] = ("asr", *ATTRIBUTES)  # those that the system was trained for; others are not asked
     train: list[Row] = field(default_factory=list)  # training rows, for probes and the classifier of the suite `style`
+    questions: list[tuple[str, Sample, Row]] = field(default_factory=list)  # (suite, ...) of public benchmarks
     notes: list[str] = field(default_factory=list)  # remarks for the report; suites add to them
 
     def take(self, task: str, limit: int | None = None, fit: Callable[[Row], object] = bool) -> list[Row]:
         """Rows that have a target for the task and that `fit` accepts, in an order that (seed, id) determines.
 
         Args:
-            limit: number of rows of each corpus; the context's own limit holds too.
+            limit: number of rows of each corpus, for ASR of each subset; the context's own limit holds too.
         """
         most = min((n for n in (limit, self.limit) if n is not None), default=len(self.rows))
-        taken: dict[str, int] = defaultdict(int)
+        taken: dict[tuple, int] = defaultdict(int)
         found = []
         for row in sorted(self.rows, key=lambda row: hash_uniform(row.id, self.seed)):
-            if task in tasks_of(row) and fit(row) and taken[row.corpus] < most:
-                taken[row.corpus] += 1
+            part = (row.corpus, row.subset if task == "asr" else None)
+            if task in tasks_of(row) and fit(row) and taken[part] < most:
+                taken[part] += 1
                 found.append(row)
         return found
 

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -18,18 +18,20 @@ from typing import Any
 
 from ..attributes import Thresholds, relabel
 from ..corpora.row import Row
-from ..corpora.table import Table, read_table
+from ..corpora.table import read_table
 from ..files import Journal, read_json, write_json
 from ..labels import ATTRIBUTES
 from ..tasks import label_sets
+from .benchmarks import BENCHMARKS, Question, identity_of, judge_answers
 from .context import ASSET, EvaluationContext, piper_speaker, whisper_transcriber
 from .figures import agreement, confusions_of, figures_of, warnings_of
-from .judges import judge, load_judge
-from .probes import probe, told_apart
-from .records import Record, direct, record, write_records
+from .judges import CITED, SYSTEM, judge, load_judge
+from .probes import FROZEN, probe, told_apart
+from .records import Record, direct, read_records, record, write_records
 from .report import Report, write_report
 from .suites import EQUAL, SUITES, at_equal_loudness
 from .systems import Checkpoint, Query, System, load_system
+from .tables import paper_tables
 
 GROUP = 32  # replies that the journal gets at once
 
@@ -43,6 +45,9 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     judges: Iterable[str] = (),
+    wordings: Iterable[str] = CITED,
+    beside: Iterable[str | Path] = (),
+    questions: Sequence[Question] = (),
     system: System | None = None,
     dtype: str = "auto",
     device: str = "cpu",
@@ -54,24 +59,29 @@ def evaluate(
         name: checkpoint (folder or Hub id), Qwen2-Audio, or a `.jsonl` of replies.
         tables: of `dual-slm corpus`. Rows of `split` are asked; probes are fitted to those of `train`.
         out: folder of the report. An interrupted evaluation in it goes on; another evaluation is refused.
-        limit: rows of each corpus and task. The suite `hearing` ignores it unless the LLM has to be asked.
+        limit: rows of each corpus and task, for ASR of each subset. `hearing` ignores it unless the LLM has to be asked.
         judges: of the suite `conversation`; see `judges.load_judge`.
+        wordings: of the judges' prompts: keys of `judges` in assets/evaluation.yaml.
+        beside: folders of finished evaluations of other systems. The judges score their replies to the same turns too.
+        questions: of public benchmarks, see `benchmarks.read_benchmarks`. With them, `tables` may be empty.
         system: is evaluated instead of the system that `name` loads.
         dtype, device, trust_remote_code: of the models that are loaded.
 
     Raises:
-        ValueError: an unknown suite, tables without rows of the split, or a folder of another evaluation.
+        ValueError: an unknown suite or wording, tables without rows of the split, or a folder of another evaluation.
+        FileNotFoundError: a folder of `beside` holds no finished evaluation.
     """
-    start, out, judges = time.perf_counter(), Path(out), list(judges)
-    chosen = list(SUITES) if "all" in suites else list(suites)
-    if unknown := [suite for suite in chosen if suite not in SUITES]:
-        raise ValueError(f"no suite {unknown[0]!r}; there are {', '.join(SUITES)} and all.")
-    table = read_table(*tables)
+    start, out, judges, wordings = time.perf_counter(), Path(out), list(judges), list(wordings)
+    chosen = suites_of(suites, tables, questions)
+    if unknown := [wording for wording in wordings if wording not in ASSET["judges"]]:
+        raise ValueError(f"no wording {unknown[0]!r} of judges; there are {', '.join(ASSET['judges'])}.")
+    others, table = list(_other_systems(list(beside))), read_table(*tables) if tables else []
     system = system or load_system(name, out / "features", dtype, device, trust_remote_code)
     setup = _setup(name, system, tables, split, limit, seed)
+    setup["questions"] = identity_of(questions)
     journal = Journal(out / "replies.jsonl")
-    context = _context(system, table, setup, out, journal)
-    if not context.rows:
+    context = make_context(system, table, setup, out, journal, questions)
+    if not context.rows and not questions:
         raise ValueError(f"{', '.join(tables)}: no row of the split {split!r}.")
     _keep_to(out, setup)
     records: list[Record] = []
@@ -79,12 +89,15 @@ def evaluate(
         queries = SUITES[suite](context)
         print(f"{suite}: {len(queries):,} queries", flush=True)
         found = _run_suite(suite, system, queries, context, journal)
-        if suite == "conversation":
-            asked, rows, answers = list(found), _rows_of(queries), Journal(out / "judges.jsonl")
-            for each in judges:
-                found += judge(load_judge(each, dtype, device), asked, rows, answers, seed)
-            if not judges:
-                context.notes.append("conversation: no --judge was named, so the replies are not scored.")
+        asked, rows = _with_others(suite, found, others, context), _rows_of(queries)
+        for each in judges if suite in ("conversation", "voicebench") else ():
+            answers, who = Journal(out / "judges.jsonl"), load_judge(each, dtype, device)
+            if suite == "conversation":
+                found += judge(who, asked, rows, answers, seed, wordings)
+            else:
+                found += judge_answers(who, asked, questions, answers)
+        if suite == "conversation" and not judges:
+            context.notes.append("conversation: no --judge was named, so the replies are not scored.")
         if not found:
             context.notes.append(f"{suite}: no row of {', '.join(setup['data'])} has anything to ask.")
         write_records(out, suite, found)
@@ -95,6 +108,7 @@ def evaluate(
         "suites": chosen,
         "warnings": warnings_of(records, figures),
         "notes": list(dict.fromkeys(context.notes)),
+        "tables": [table._asdict() for table in paper_tables(figures)],
         "figures": figures,
         "confusions": confusions_of(records),
         "agreement": agreement(records),
@@ -129,7 +143,24 @@ def _digest(*files: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _context(system: System, table: Table, setup: dict[str, Any], out: Path, journal: Journal) -> EvaluationContext:
+def suites_of(suites: Iterable[str], tables: Sequence, questions: Sequence) -> list[str]:
+    """The suites of these names. `all` are those that have data: tables, questions of benchmarks, or both."""
+    chosen = list(dict.fromkeys(suites))
+    if unknown := [suite for suite in chosen if suite not in (*SUITES, "all")]:
+        raise ValueError(f"no suite {unknown[0]!r}; there are {', '.join(SUITES)} and all.")
+    asked = {question.suite for question in questions}
+    return [s for s in SUITES if (s in asked if s in BENCHMARKS else tables)] if "all" in chosen else chosen
+
+
+def make_context(
+    system: System,
+    table: Iterable[Row],
+    setup: dict[str, Any],
+    out: Path,
+    journal: Journal,
+    questions: Sequence[Question] = (),
+) -> EvaluationContext:
+    """What the suites draw from, for a system and the `split`, `seed`, `limit` and `thresholds` of a setup."""
     borders = Thresholds(**setup["thresholds"]) if setup["thresholds"] else None
     rows = [relabel(row, borders) for row in table]
     context = EvaluationContext(
@@ -140,13 +171,14 @@ def _context(system: System, table: Table, setup: dict[str, Any], out: Path, jou
         limit=setup["limit"],
         seed=setup["seed"],
         train=[row for row in rows if row.split == "train"],
+        questions=[(question.suite, question.sample, question.row) for question in questions],
     )
     if isinstance(system, Checkpoint):
         context.transcribe = whisper_transcriber(system, journal)
         context.words_as_text = system.words_as_text
         context.facts = tuple(system.model.config.prompt_facts or ())
-        if questions := system.processor.attribute_questions:
-            context.tasks = tuple(questions)
+        if made_for := system.processor.attribute_questions:
+            context.tasks = tuple(made_for)
             context.notes.append(f"the checkpoint was made for {', '.join(context.tasks)}; other tasks are not asked.")
     return context
 
@@ -161,6 +193,29 @@ def _keep_to(out: Path, setup: dict[str, Any]) -> None:
         shown = "; ".join(f"{n}: {known.get(n)!r} there, {setup[n]!r} here" for n in other[:3])
         raise ValueError(f"{out} holds another evaluation ({shown}). Name another --out.")
     write_json(path, setup)
+
+
+def _other_systems(folders: list[str | Path]) -> Iterator[Record]:
+    """Replies of finished evaluations in the suite `conversation`, under the condition `system: FOLDER`."""
+    names = [Path(folder).resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--beside names {', '.join(names)}: two folders of one name. Rename one.")
+    for folder, name in zip(folders, names, strict=True):
+        for entry in read_records(folder):
+            if entry["suite"] == "conversation" and entry["condition"] == "P&L" and "judge" not in entry:
+                yield entry | {"condition": SYSTEM + name}
+
+
+def _with_others(suite: str, found: list[Record], others: list[Record], context: EvaluationContext) -> list[Record]:
+    """The records, and other systems' replies to the same turns of conversations. A note counts what is missing."""
+    if suite != "conversation":
+        return list(found)
+    turns = {(entry["corpus"], entry["id"]) for entry in found if entry["condition"] == "P&L"}
+    for condition in dict.fromkeys(entry["condition"] for entry in others):
+        answered = {(entry["corpus"], entry["id"]) for entry in others if entry["condition"] == condition}
+        if missing := len(turns - answered):
+            context.notes.append(f"conversation: {condition} has no reply to {missing:,} of {len(turns):,} turns.")
+    return found + [entry for entry in others if (entry["corpus"], entry["id"]) in turns]
 
 
 def _run_suite(
@@ -227,7 +282,7 @@ def _beside(system: Checkpoint, suite: str, queries: list[Query], context: Evalu
             return found
         system.prepare(train)
         branches = ["P branch"] if system.words_as_text else ["P branch", "L branch"]
-        found += probe(system, train, [*clips, *level], suite, ["encoder"] if suite == "attributes" else branches)
+        found += probe(system, train, [*clips, *level], suite, FROZEN if suite == "attributes" else branches)
     return found
 
 
@@ -251,5 +306,5 @@ def _hearing(system: Checkpoint, context: EvaluationContext) -> list[Record]:
     found = [*direct(words, system.hear(words), "asr"), *_by_whisper(words, context)]
     found += direct(voices, system.hear(voices), "attributes")
     found += direct(level, system.hear(level), "attributes", only="emotion")
-    found += probe(system, train, voices + level, "hearing", ["encoder"] if train else [])
+    found += probe(system, train, voices + level, "hearing", FROZEN if train else [])
     return [entry | {"suite": "hearing"} for entry in found]

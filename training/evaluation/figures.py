@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from itertools import combinations
+from itertools import combinations, product
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -25,17 +25,28 @@ SUMMARY = (*HEADLINE, "unweighted accuracy", "answer loss")  # metrics of compar
 HEARING = ("P&L", "P only", "heard")  # conditions that must be better than the most frequent label
 PLACE = ("suite", "corpus", "task", "condition", "judge")
 FEWEST = 10  # samples of a warning
+ROLES = ("styletalk", "styletalk_reversed")  # corpora of the same dialogues; in the second the roles are exchanged
+BOTH_ROLES = "styletalk, both roles"
 
 
 def groups_of(records: list[Record]) -> dict[tuple, list[Record]]:
-    """Records by place and metric of a judge. Pitch within each gender is a task of its own."""
+    """Records by place and metric of a judge.
+
+    Tasks of their own are pitch within each gender, and the words of each subset. Judged replies to StyleTalk's turns
+    count by role and, if there are both, together.
+    """
     groups = defaultdict(list)
+    judged = {r["corpus"] for r in records if r.get("judge")}
     for r in records:
-        tasks = [r["task"]]
+        tasks, corpora = [r["task"]], [r["corpus"]]
         if r["task"] == "pitch" and r.get("gender") and "label" in r:
             tasks.append(f"pitch, {r['gender']} voices")
-        for task in tasks:
-            groups[r["suite"], r["corpus"], task, r["condition"], r.get("judge"), r.get("metric")].append(r)
+        if r["suite"] in ("asr", "hearing") and "words" in r and r.get("subset"):
+            tasks.append(f"asr, {r['subset']}")
+        if r.get("judge") and r["corpus"] in ROLES and judged.issuperset(ROLES):
+            corpora.append(BOTH_ROLES)
+        for corpus, task in product(corpora, tasks):
+            groups[r["suite"], corpus, task, r["condition"], r.get("judge"), r.get("metric")].append(r)
     return groups
 
 
@@ -140,7 +151,7 @@ def compare(first: list[Record], second: list[Record]) -> list[dict[str, Any]]:
     right = groups_of(paired)
     result = []
     for place, group in groups_of([known[key(record)] for record in paired]).items():
-        others = tallies_of(right[place])
+        others = tallies_of(right[place]) if place in right else {}  # a subset that one table does not name
         for metric, (tally, figure) in tallies_of(group).items():
             if metric == "majority class" or metric not in others:  # a file of replies has no answer loss
                 continue
@@ -160,11 +171,13 @@ def warnings_of(records: list[Record], figures: list[FigureRecord]) -> list[str]
         places[tuple(figure[name] for name in PLACE)][figure["metric"]] = figure
     found = []
     for (suite, corpus, task, condition, judge), here in places.items():
+        if task.startswith("asr, "):  # all subsets together are judged
+            continue
         words_alone = places.get((suite, corpus, task, "L only", judge), {})
         doubts = _doubts(task, condition, here, words_alone)
         found += [f"{suite}, {task} on {corpus}, {condition}: {doubt}" for doubt in doubts]
     for (suite, corpus, task, condition, *_), group in groups_of(records).items():
-        if text := _monotony(task, condition, group):
+        if not task.startswith("asr, ") and (text := _monotony(task, condition, group)):
             found.append(f"{suite}, {task} on {corpus}, {condition}: {text}")
     return found + weak_judges(records)
 

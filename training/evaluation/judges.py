@@ -1,14 +1,20 @@
 """LLM judges of conversations (paper, Table IV): any causal LM, or any OpenAI-compatible endpoint.
 
-A journal keeps every answer, so that an interrupted run goes on. Two controls are judged with the replies: a reply to another
-conversation, and an empty one. A judge that does not score them lower is useless.
+A wording is an entry of `judges` in assets/evaluation.yaml: CS and EGS are those of the cited papers. EGS shows a judge the
+"optional responses" of one turn together. These are the replies of the systems that are compared, and nothing else.
+A reply under another condition than P&L, and each control, has a prompt of its own.
+
+The controls are a reply to another conversation, and an empty one. A judge that does not score them lower is useless.
+A journal keeps every answer, so that an interrupted run goes on.
 """
 
+import hashlib
 import json
 import os
 import random
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +29,8 @@ from .context import ASSET
 ATTEMPTS, MAX_NEW_TOKENS = 3, 256
 CONTROLS = ("control: another reply", "control: empty reply")
 EMPTY = "..."
+CITED = ("CS", "EGS")  # wordings of the papers that the paper cites (section IV-B)
+SYSTEM = "system: "  # begins the condition of another system's replies
 
 
 class Judge(Protocol):
@@ -118,20 +126,23 @@ def load_judge(name: str, dtype: str = "auto", device: str = "cpu") -> Judge:
     return RemoteJudge(name) if "://" in name else LocalJudge(name, dtype, device)
 
 
-def prompt_for(scale: dict[str, Any], row: Row, replies: dict[str, str]) -> str:
-    """The prompt of a scale for numbered replies to the turn of a row."""
-    history = "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in row.history)
+def prompt_for(about: dict[str, Any], row: Row, replies: dict[str, str]) -> str:
+    """The prompt of a wording for numbered replies to the turn of a row."""
+    lines = [f"{about['roles'].get(turn['role'], turn['role'])}: {turn['content']}" for turn in row.history]
+    context = "\n".join([*lines, f"{about['roles']['user']}: {row.transcript}"])
     caption = row.caption or describe(row, random.Random(f"caption/{row.id}")) or ""  # for a judge that reads
-    return scale["prompt"].format(
-        history=history or "(nothing yet)",
+    return about["prompt"].format(
+        history="\n".join(lines) or "(nothing yet)",
         turn=row.transcript,
+        context=context,
+        instruction=context if lines else row.transcript,
         style=re.sub(r"^[(\[]|[)\]]$", "", caption).strip() or "in an unknown tone",
         reply=next(iter(replies.values())),
-        replies="\n".join(f"Response {number}: {reply}" for number, reply in replies.items()),
+        replies="\n".join(about.get("numbered", "{reply}").format(number=n, reply=r) for n, r in replies.items()),
     )
 
 
-def parse_scores(answer: str | None, scale: dict[str, Any], numbers: list[str]) -> dict[str, dict[str, float]] | None:
+def parse_scores(answer: str | None, about: dict[str, Any], numbers: list[str]) -> dict[str, dict[str, float]] | None:
     """Scores of each numbered reply.
 
     Returns:
@@ -141,11 +152,11 @@ def parse_scores(answer: str | None, scale: dict[str, Any], numbers: list[str]) 
     answer = answer or ""
     try:
         value = json.loads(answer[answer.find("{") : answer.rfind("}") + 1])
-        value = value if scale["together"] else {numbers[0]: value}
-        scores = {n: {criterion: value[n][criterion] for criterion in scale["criteria"]} for n in numbers}
+        value = value if about["together"] else {numbers[0]: value}
+        scores = {n: {criterion: value[n][criterion] for criterion in about["criteria"]} for n in numbers}
     except (ValueError, KeyError, TypeError):
         return None
-    low, high = scale["scale"]
+    low, high = about["scale"]
     for found in scores.values():
         if any(type(score) not in (int, float) or not low <= score <= high for score in found.values()):
             return None
@@ -157,36 +168,64 @@ class Job:
     """One prompt of a judge."""
 
     key: str  # of the journal, without the number of the attempt
-    scale: str  # CS or EGS
+    wording: str  # CS, EGS ...
     talk: tuple[str, str]  # (corpus, id) of the conversation
     conditions: list[str]  # of the replies, in the order of the prompt
     prompt: str
 
 
-def make_jobs(judge: Judge, records: list[dict], rows: dict[tuple[str, str], Row], seed: int) -> list[Job]:
-    """All prompts for the replies and the controls of each conversation."""
+def make_jobs(
+    judge: Judge,
+    records: list[dict],
+    rows: dict[tuple[str, str], Row],
+    seed: int = 0,
+    wordings: Iterable[str] = CITED,
+) -> list[Job]:
+    """All prompts for the replies and the controls of each conversation; see [`judge`]."""
     talks: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for record in records:
         talks[record["corpus"], record["id"]][record["condition"]] = record["reply"]
     names = sorted(talks)
-    for name, other in zip(names, [*names[1:], *names[:1]], strict=True):
-        if name != other:
+    for place, name in enumerate(names):
+        others = (other for other in [*names[place + 1 :], *names[:place]] if _unlike(rows[other], rows[name]))
+        if other := next(others, None):
             talks[name][CONTROLS[0]] = next(iter(talks[other].values()))
         talks[name][CONTROLS[1]] = EMPTY
     jobs = []
-    for scale, about in ASSET["judges"].items():
+    for wording in wordings:
+        about = ASSET["judges"][wording]
         for name in names:
-            order = list(talks[name])
-            random.Random(f"{seed}/{name}").shuffle(order)  # no system is always read first
-            for group in [order] if about["together"] else [[condition] for condition in order]:
-                numbered = {str(n): talks[name][condition] or EMPTY for n, condition in enumerate(group, 1)}
-                key = f"{judge.name}/{ASSET['version']}/{scale}/{'/'.join(name)}/{'|'.join(group)}"
-                jobs.append(Job(key, scale, name, group, prompt_for(about, rows[name], numbered)))
+            for group in _groups(talks[name], about["together"], random.Random(f"{seed}/{'/'.join(name)}")):
+                prompt = prompt_for(
+                    about, rows[name], {str(n): talks[name][c] or EMPTY for n, c in enumerate(group, 1)}
+                )
+                digest = hashlib.sha256(prompt.encode()).hexdigest()[:12]
+                key = f"{judge.name}/{ASSET['version']}/{wording}/{'/'.join(name)}/{'|'.join(group)}/{digest}"
+                jobs.append(Job(key, wording, name, group, prompt))
     return jobs
 
 
+def _groups(replies: Iterable[str], together: bool, draw: random.Random) -> Iterator[list[str]]:
+    """The conditions of each prompt: those of the compared systems together in random order, if the wording says so."""
+    compared = [condition for condition in replies if condition == "P&L" or condition.startswith(SYSTEM)]
+    if together and compared:
+        yield draw.sample(compared, len(compared))  # no system is always read first
+    yield from ([condition] for condition in replies if not together or condition not in compared)
+
+
+def _unlike(first: Row, second: Row) -> bool:
+    """Whether a reply to the one is no reply to the other. StyleTalk has the same turn in several styles."""
+    same = first.dialogue is not None and first.dialogue == second.dialogue
+    return not same and first.transcript != second.transcript
+
+
 def judge(
-    judge: Judge, records: list[dict], rows: dict[tuple[str, str], Row], journal: Journal, seed: int = 0
+    judge: Judge,
+    records: list[dict],
+    rows: dict[tuple[str, str], Row],
+    journal: Journal,
+    seed: int = 0,
+    wordings: Iterable[str] = CITED,
 ) -> list[dict]:
     """Scores the replies of the suite `conversation`, and two controls for each conversation.
 
@@ -195,16 +234,18 @@ def judge(
     Args:
         rows: by (corpus, id).
         journal: the answers of this run and of earlier ones.
+        seed: of the order of replies in a prompt.
+        wordings: keys of `judges` in assets/evaluation.yaml.
 
     Returns:
         Records with `judge`, `condition`, `metric` ("CS content" ...) and `value`: `None` if no answer could be parsed.
     """
-    jobs = make_jobs(judge, records, rows, seed)
+    jobs = make_jobs(judge, records, rows, seed, wordings)
 
     def scores(job: Job) -> dict[str, dict[str, float]] | None:
         answers = (journal.values.get(f"{job.key}#{attempt}") for attempt in range(ATTEMPTS))
         numbers = [str(number + 1) for number in range(len(job.conditions))]
-        parsed = (parse_scores(answer, ASSET["judges"][job.scale], numbers) for answer in answers)
+        parsed = (parse_scores(answer, ASSET["judges"][job.wording], numbers) for answer in answers)
         return next(filter(None, parsed), None)
 
     for attempt in range(ATTEMPTS):
@@ -220,7 +261,7 @@ def judge(
         for number, condition in enumerate(job.conditions, 1):
             entry = {"suite": "conversation", "task": "dialogue", "judge": judge.name, "condition": condition}
             entry |= {"corpus": corpus, "id": name, "speaker": speakers[job.talk]}
-            for criterion in ASSET["judges"][job.scale]["criteria"]:
+            for criterion in ASSET["judges"][job.wording]["criteria"]:
                 value = parsed and parsed[str(number)][criterion]
-                found.append(entry | {"metric": f"{job.scale} {criterion}", "value": value})
+                found.append(entry | {"metric": f"{job.wording} {criterion}", "value": value})
     return found

@@ -1,19 +1,24 @@
-"""Classifiers on frozen features: linear probes of the encoder and of each branch, and a classifier of replies by style."""
+"""Classifiers on frozen features: linear probes of encoder, statistics and branches, and a classifier of replies by style."""
 
 from collections.abc import Iterator
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 import torch
 
+from ...adapters_dual_slm import masked_statistics
 from ..batches import batched
 from ..corpora.row import Row
 from ..labels import ATTRIBUTES
+from ..text import hash_uniform
 from .records import Record, record_of
 from .suites import EQUAL, TAUGHT
 from .systems import Checkpoint
 
 FEW_SENTENCES = 20  # a corpus with at most so many sentences has the target "sentence"
+FROZEN = ["encoder", "statistics"]  # sources of `vectors` that no training has changed
+MOST_CLIPS = 10_000  # of a corpus that a probe is fitted to: the statistics of more would fill the memory
 
 
 @torch.inference_mode()
@@ -21,12 +26,17 @@ def vectors(system: Checkpoint, rows: list[Row], source: str) -> np.ndarray:
     """Features (rows, width) of the clips.
 
     Args:
-        source: "encoder", the mean of its last layer; "P branch", the paralinguistic embeddings one after another; or
-            "L branch", the mean of the linguistic embeddings.
+        source: "encoder" is the mean of its last layer. "statistics" is what an adapter with statistics reads; for other
+            adapters it is mean and standard deviation of the layers that they read. "P branch" is the paralinguistic
+            embeddings one after another, and "L branch" the mean of the linguistic embeddings.
     """
     if source == "encoder":
-        states = [system.store.get(row) for row in rows]
+        states = (system.store.get(row) for row in rows)
         return np.stack([(s[-1] if s.ndim == 3 else s).mean(0).numpy() for s in states])
+    if source == "statistics":
+        if system.store.pools:
+            return np.stack([system.store.get(row, "pooled").flatten().numpy() for row in rows])
+        return np.stack([masked_statistics(*system.store.batch([row])).flatten().numpy() for row in rows])
     found = []
     for part in batched(rows, 64):
         if source == "P branch":
@@ -54,8 +64,11 @@ def probe(system: Checkpoint, train: list[Row], test: list[Row], suite: str, sou
     """Fits linear probes of features (see [`vectors`]) to `train` and yields records of their answers for `test`.
 
     Nothing is tuned: standardised features, at most 256 principal components, L2 with C = 1. For test rows at equal
-    loudness the emotion is the only target.
+    loudness the emotion is the only target. Of a larger corpus, `MOST_CLIPS` random training clips are used.
     """
+    drawn = groupby(sorted(train, key=lambda r: (r.corpus, hash_uniform(r.id))), key=lambda r: r.corpus)
+    kept = {row.key for _, own in drawn for row in islice(own, MOST_CLIPS)}
+    train = [row for row in train if row.key in kept]
     rows = [*train, *test]
     for source in sources:
         features = vectors(system, rows, source)

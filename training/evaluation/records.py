@@ -10,10 +10,12 @@ from ..corpora.row import Row
 from ..files import write_text
 from ..parsing import parse_transcript, score, word_errors
 from ..text import nothing_said
+from .benchmarks import BENCHMARKS, score_answer
 from .suites import EQUAL, SUITES
 from .systems import Query
 
-# Keys of every record: suite, condition, task, corpus, id, speaker, gender, audio, reply; `prompt` if the LLM was asked.
+# Keys of every record: suite, condition, task, corpus, id, speaker, gender, audio, reply; `prompt` if the LLM was asked,
+# `subset` if the corpus names one.
 # Words add said, heard, errors, words; labels add label, parsed, choices; other scores add value and wanted (or judge and
 # metric). The swap test adds `other`, the score against the other clip; the answer loss adds answer_nll, answer_tokens.
 Record = dict[str, Any]
@@ -24,6 +26,7 @@ def record_of(row: Row, suite: str, condition: str, task: str, reply: str, **mor
     """The keys of every record, and more."""
     known = {"suite": suite, "condition": condition, "task": task, "corpus": row.corpus, "id": row.id}
     known |= {"speaker": row.speaker or row.id, "gender": row.gender, "audio": row.audio}
+    known |= {"subset": row.subset} if row.subset else {}
     return known | {"reply": reply} | more
 
 
@@ -42,6 +45,8 @@ def record(query: Query, reply: str, prompt: str) -> Record:
     if task in ("fact", "instruction"):
         kept = re.search(sample.target, reply, re.IGNORECASE if task == "fact" else 0)
         return found | {"value": float(bool(kept)), "wanted": sample.target}
+    if query.suite in BENCHMARKS:
+        return found | score_answer(query.suite, sample, reply)
     return found | score(sample, reply, row.transcript)
 
 

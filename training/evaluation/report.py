@@ -12,6 +12,7 @@ from ..files import ASSETS, read_json, write_json, write_text
 from ..labels import KINDS
 from .figures import HEADLINE, PLACE, SUMMARY, FigureRecord, compare, pivots, show
 from .records import Record, read_records
+from .tables import paper_tables
 
 Report = dict[str, Any]  # what report.json holds
 CARD_WARNINGS = 8
@@ -95,9 +96,9 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def markdown(figures: list[FigureRecord], wanted: tuple[str, ...] = HEADLINE) -> str:
-    """The headline figures as Markdown tables."""
+    """The paper's tables, then the headline figures of each suite, as Markdown."""
     lines = []
-    for table in pivots(figures, wanted):
+    for table in [*paper_tables(figures), *pivots(figures, wanted)]:
         lines += ["", f"**{table.title}** (95 % interval over speakers)", "", *_table(table.head, table.rows)]
     return "\n".join(lines).strip()
 
@@ -191,7 +192,7 @@ def _results(report: Report) -> list:
         if wanted and metric in ("WER", "accuracy", "unweighted accuracy", "weighted F1"):
             results.append(
                 EvalResult(
-                    task_type="automatic-speech-recognition" if task == "asr" else "audio-classification",
+                    task_type="automatic-speech-recognition" if task.startswith("asr") else "audio-classification",
                     task_name=task,
                     dataset_type=corpus,
                     dataset_name=f"{corpus} ({split} speakers), {task}",

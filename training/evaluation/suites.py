@@ -7,18 +7,23 @@ meld            paper, Table II
 conversation    paper, Table IV (judges.py)
 disentanglement both branches, one, or none; and the swap test: the voice of one clip, the words of another
 style           the same words in two emotions: a classifier tells whether the replies differ
+air-bench, voicebench   questions of public benchmarks in local folders (benchmarks.py)
 context         the same turn after 0 to 12 earlier turns, as speech and as text; facts and instructions
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from ..corpora.row import Row
 from ..files import ASSETS
 from ..labels import ATTRIBUTES
 from ..prompts import PROMPTS
 from ..tasks import Message, Sample
+from ..text import hash_uniform
+from .benchmarks import BENCHMARKS
 from .context import ASSET, EvaluationContext, lowered
 from .systems import Query
 
@@ -28,7 +33,7 @@ LOUDNESS = 0.05  # mean RMS of the clips at equal loudness, where loudness canno
 EQUAL = ", equal loudness"
 STYLES = ("happy", "sad")
 TAUGHT = ", training speakers"
-LIMITS = {"context": 24, "conversation": 48, "style": 128}  # rows of a corpus and task, for costly suites
+LIMITS = {"context": 24, "style": 128}  # rows of a corpus and task, for costly suites
 
 
 def asr(
@@ -67,8 +72,7 @@ def conversation(context: EvaluationContext) -> list[Query]:
     rows = [row for row in said if row.history or row.response] or [row for row in said if row.emotion] or said
     chosen = replace(context, rows=[row.replace(response=row.response or "(open)") for row in rows])
     conditions = ("P&L", "L only", "text", "caption and text", "cascade")
-    rows = chosen.take("dialogue", LIMITS["conversation"])
-    return list(chosen.queries("conversation", conditions, "dialogue", rows))
+    return list(chosen.queries("conversation", conditions, "dialogue", chosen.take("dialogue")))
 
 
 def disentanglement(context: EvaluationContext) -> list[Query]:
@@ -166,5 +170,16 @@ def style(context: EvaluationContext) -> list[Query]:
     return [replace(query, max_new_tokens=40) for query in found]
 
 
+def benchmark(context: EvaluationContext, suite: str) -> list[Query]:
+    """Questions of a public benchmark (benchmarks.py), as its authors ask them."""
+    found, taken = [], Counter()
+    for name, sample, row in sorted(context.questions, key=lambda q: hash_uniform(q[2].id, context.seed)):
+        taken[name, sample.task, row.corpus] += 1
+        if name == suite and (context.limit is None or taken[name, sample.task, row.corpus] <= context.limit):
+            found += context.ask(suite, ("P&L", "P only", "L only", "cascade", "text"), sample, row)
+    return [replace(query, max_new_tokens=BENCHMARKS[suite]) for query in found]
+
+
 SUITES: dict[str, Callable[[EvaluationContext], list[Query]]] = {"hearing": lambda context: []}
 SUITES |= {suite.__name__: suite for suite in (asr, attributes, meld, conversation, disentanglement, style, context)}
+SUITES |= {name: partial(benchmark, suite=name) for name in BENCHMARKS}

@@ -1,11 +1,12 @@
-"""The systems that can be evaluated: a checkpoint of this package, a file of replies, or another speech LLM.
+"""The systems that can be evaluated: a checkpoint of this package, a file of replies, a cascade, or Qwen2-Audio.
 
 A new system is a class with the members of [`System`].
 """
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,17 +15,20 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
 from ... import register_auto_classes
-from ...backbones_dual_slm import name_in_errors
+from ...backbones_dual_slm import name_in_errors, resolve_backbone
 from ...modeling_dual_slm import DualSLMAudioFeatures, DualSLMForConditionalGeneration
 from ...processing_dual_slm import DualSLMProcessor
+from ...templates_dual_slm import fit_messages
 from ...turns_dual_slm import AUDIO_MARK
+from ..alignment import Aligner, AlignmentConfig
 from ..augmentation import load_clip
+from ..backbones import transcriber
 from ..batches import batched
 from ..collator import DualSLMCollator
 from ..corpora.row import Row
 from ..features import FeatureStore
 from ..forward import adapt_cached, forward_targets
-from ..tasks import Sample
+from ..tasks import Sample, text_twin
 
 # Condition -> source of the paralinguistic and of the linguistic branch. "cascade" takes the output of Whisper's decoder,
 # "text" the reference transcript.
@@ -38,6 +42,7 @@ CONDITIONS: dict[str, tuple[str, str]] = {
     "cascade": ("none", "transcript"),
 }
 BATCH_SIZE = 32  # conversations or clips
+EXAMPLE = "cascade:whisper-base+smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)
@@ -181,33 +186,37 @@ class Checkpoint(System):
 
 
 class Replies(System):
-    """Replies of any other system, as JSON Lines: `id`, `task`, `reply`, and `corpus` if an id is in two corpora.
+    """Replies of any other system, as JSON Lines: `reply`, and the `key` that `dual-slm evaluate --write-prompts` wrote.
 
-    Questions without a reply in the file are left out.
+    Without a key, `id` and `task` name the question, with `corpus` if an id is in two corpora, and with `condition` if it
+    is not P&L. Questions without a reply in the file are left out.
 
     Raises:
-        ValueError: a line lacks one of the first three.
+        ValueError: a line lacks the reply, or the names of its question.
     """
 
     def __init__(self, path: str | Path):
         self.name, self.conditions = Path(path).stem, ("P&L",)
-        self.replies: dict[tuple, str] = {}
+        self.replies: dict[Any, str] = {}
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-                self.replies[record["id"], record["task"], record.get("corpus")] = record["reply"]
-            except (ValueError, KeyError, TypeError) as error:
-                needed = "a reply is one JSON object with id, task and reply"
+                place = record.get("key")
+                if place is None:
+                    place = (record["id"], record["task"], record.get("corpus"), record.get("condition") or "P&L")
+                self.replies[place] = record["reply"]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                needed = "a reply is one JSON object with id, task and reply, or with key and reply"
                 raise ValueError(f"{path}, line {number}: {needed} ({error}).") from None
 
     def reply(self, queries: list[Query]) -> Iterator[tuple[Query, str]]:
         for query in queries:
-            row, task = query.row, query.sample.task
-            found = self.replies.get((row.id, task, row.corpus), self.replies.get((row.id, task, None)))
-            if found is not None and query.condition == "P&L":
-                yield query, found
+            id, task, corpus, condition = query.row.id, query.sample.task, query.row.corpus, query.condition
+            places = (query.key, (id, task, corpus, condition), (id, task, None, condition))
+            if found := [self.replies[place] for place in places if place in self.replies]:
+                yield query, found[0]
 
 
 class Qwen2Audio(System):
@@ -228,7 +237,7 @@ class Qwen2Audio(System):
         for query in tqdm(queries, desc="replies", unit=" conversations"):
             clip, text = load_clip(query.row, rate), self.prompt(query)
             inputs = self.processor(text=text, audio=[clip], sampling_rate=rate, return_tensors="pt")
-            inputs = inputs.to(self.model.device)
+            inputs = inputs.to(self.model.device, self.model.dtype)  # the numbers of tokens stay integers
             output = self.model.generate(**inputs, max_new_tokens=query.max_new_tokens, do_sample=False)
             reply = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             yield query, reply.strip()
@@ -238,10 +247,53 @@ class Qwen2Audio(System):
         return self.processor.apply_chat_template(sample.messages, add_generation_prompt=True, tokenize=False)
 
 
+class Cascade(System):
+    """Whisper's own decoder, and an LLM that reads its words: `cascade:WHISPER+LLM`, each a Hub id, folder or backbone.
+
+    Under "P&L" the LLM is asked about the words that Whisper hears, under "text" about the reference transcript.
+
+    Raises:
+        ValueError: the name has not two parts, or the LLM has no chat template.
+    """
+
+    def __init__(self, name: str, dtype: str = "auto", device: str = "cpu"):
+        self.name, self.conditions = name, ("P&L", "text")
+        whisper, plus, llm = name.removeprefix("cascade:").partition("+")
+        if not (whisper and plus and llm):
+            raise ValueError(f"{name!r} names no cascade; write cascade:WHISPER+LLM, like {EXAMPLE}.")
+        self.llm = Aligner(llm, AlignmentConfig(), dtype, device)
+        with name_in_errors(whisper):
+            self.transcribe = transcriber(resolve_backbone(whisper), device)
+        self.words: dict[tuple, str] = {}  # (clip, variant) -> what Whisper hears
+
+    def hear(self, row: Row) -> str:
+        """The words of a row's clip; each clip is transcribed once."""
+        key = (row.key, row.variant)
+        if key not in self.words:
+            self.words[key] = self.transcribe(load_clip(row))
+        return self.words[key]
+
+    def reply(self, queries: list[Query]) -> Iterator[tuple[Query, str]]:
+        for query in tqdm(queries, desc="words", unit=" clips"):
+            self.prompt(query)
+        ordered = sorted(queries, key=lambda q: (q.max_new_tokens, len(self.prompt(q))))
+        for longest, alike in groupby(ordered, key=lambda q: q.max_new_tokens):
+            self.llm.config = replace(self.llm.config, max_new_tokens=longest)
+            for part in tqdm(batched(list(alike), BATCH_SIZE), desc="replies", unit=" batches"):
+                answers = self.llm.generate([self.prompt(query) for query in part])
+                yield from zip(part, (answer["reply"] for answer in answers), strict=True)
+
+    def prompt(self, query: Query) -> str:
+        words = self.hear(query.row) if query.sources()[1] == "speech" else query.sample.spoken["transcript"]
+        twin = text_twin(query.sample.with_spoken(transcript=words or None, caption=None).messages)
+        chat = fit_messages(twin, self.llm.tokenizer)
+        return self.llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+
 def load_system(
     name: str, folder: str | Path, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
 ) -> System:
-    """Loads a file of replies (`.jsonl`), a checkpoint of this package, or Qwen2-Audio.
+    """Loads a file of replies (`.jsonl`), a cascade (`cascade:WHISPER+LLM`), a checkpoint of this package, or Qwen2-Audio.
 
     Args:
         folder: where features are stored.
@@ -251,6 +303,8 @@ def load_system(
     """
     if name.endswith(".jsonl"):
         return Replies(name)
+    if name.startswith("cascade:"):
+        return Cascade(name, dtype, device)
     register_auto_classes()
     with name_in_errors(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -258,8 +312,8 @@ def load_system(
         return Qwen2Audio(name, dtype, device)
     if config.model_type != "dual_slm":
         raise ValueError(
-            f"{name} is a {config.model_type}; evaluated are checkpoints of this package, Qwen2-Audio, and files of "
-            "replies (.jsonl) of any other system."
+            f"{name} is a {config.model_type}; evaluated are checkpoints of this package, Qwen2-Audio, cascades "
+            "(cascade:WHISPER+LLM), and files of replies (.jsonl) of any other system."
         )
     options = {"device_map": None if device == "cpu" else {"": device}, "trust_remote_code": trust_remote_code}
     with name_in_errors(name):
