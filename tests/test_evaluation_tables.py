@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 from evaluated import figure, system_of
+from huggingface_hub import ModelCard
 
 from dual_slm.training.corpora.row import make_row
 from dual_slm.training.corpora.table import write_table
 from dual_slm.training.evaluation.evaluate import evaluate
-from dual_slm.training.evaluation.report import markdown
+from dual_slm.training.evaluation.report import markdown, write_card
 
 pytestmark = pytest.mark.usefixtures("table_cache")
 
@@ -60,6 +61,21 @@ def test_table_3_has_clean_and_other_apart(tmp_path):
     text = markdown(result["figures"])
     assert text.startswith("**paper, Table III: ASR, WER %**")
     assert "| librispeech, asr, test-other | 3 / 3 |" in text
+
+
+def test_a_card_calls_official_what_the_corpus_itself_holds_out(tmp_path):
+    """Clips of a training subset that this project holds out are no test of LibriSpeech's."""
+    write_card(tmp_path, evaluated(librispeech(), forgetful, tmp_path, "asr"))
+    told = {
+        r.task_name: (r.dataset_name, r.dataset_split)
+        for r in ModelCard.load(tmp_path / "README.md").data.eval_results
+    }
+    assert told == {
+        "asr": ("held-out librispeech speakers (test), asr", "test speakers"),
+        "asr, train-clean-100": ("held-out librispeech speakers (test), asr, train-clean-100", "test speakers"),
+        "asr, test-clean": ("librispeech test-clean", "test"),
+        "asr, test-other": ("librispeech test-other", "test"),
+    }
 
 
 def test_a_limit_counts_the_clips_of_each_subset_of_words_alone(tmp_path):

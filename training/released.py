@@ -1,7 +1,8 @@
 """Makes the tables of the released checkpoints from folders of real speech and metadata, and their model cards.
 
     python -m dual_slm.training.released --data DATA --out TABLES
-    cd TABLES && dual-slm train --recipe slm-smollm2-135m --output RUN
+    cd TABLES && dual-slm train --recipe letters-whisper-base --output words
+    dual-slm train --recipe slm-smollm2-135m --output RUN
     python -m dual_slm.training.released --release RUN --tables TABLES --data DATA --out model_cards/dual-slm-smollm2-135m
 
 With `--commercial` and the recipe `slm-smollm2-135m-commercial`, data is left out whose licence forbids commercial use.

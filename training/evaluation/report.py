@@ -12,10 +12,11 @@ from ..files import ASSETS, read_json, write_json, write_text
 from ..labels import KINDS
 from .figures import HEADLINE, PLACE, SUMMARY, FigureRecord, compare, pivots, show
 from .records import Record, read_records
-from .tables import paper_tables
+from .tables import OFFICIAL, paper_tables
 
 Report = dict[str, Any]  # what report.json holds
 CARD_WARNINGS = 8
+OFFICIAL_SPLITS = ("meld", "styletalk")  # corpora whose readers keep the official test split
 SECTION = ("<!-- evaluation: written by dual-slm evaluate -->", "<!-- end of evaluation -->")
 
 
@@ -178,6 +179,17 @@ def write_card(folder: Path, report: Report) -> None:
     card.save(path)
 
 
+def _is_official(corpus: str, task: str) -> bool:
+    """Whether the rows of a split are those that the corpus itself holds out."""
+    return corpus in OFFICIAL_SPLITS or task.startswith(OFFICIAL)
+
+
+def _data_name(corpus: str, task: str, split: str) -> str:
+    if task.startswith(OFFICIAL):  # "asr, test-clean"
+        return f"{corpus} {task.removeprefix('asr, ')}"
+    return f"{corpus}, {task}" if corpus in OFFICIAL_SPLITS else f"held-out {corpus} speakers ({split}), {task}"
+
+
 def _results(report: Report) -> list:
     """The figures of the conditions P&L and heard as the Hub's evaluation results."""
     from huggingface_hub import EvalResult
@@ -195,9 +207,9 @@ def _results(report: Report) -> list:
                     task_type="automatic-speech-recognition" if task.startswith("asr") else "audio-classification",
                     task_name=task,
                     dataset_type=corpus,
-                    dataset_name=f"{corpus} ({split} speakers), {task}",
+                    dataset_name=_data_name(corpus, task, split),
                     dataset_config=task,  # otherwise the Hub merges the results of one data set
-                    dataset_split=split,
+                    dataset_split=split if _is_official(corpus, task) else f"{split} speakers",
                     metric_type="wer" if metric == "WER" else metric.replace(" ", "_"),
                     metric_name=f"{metric} %, {condition}",
                     metric_value=round(100 * figure["value"], 1),
