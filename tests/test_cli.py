@@ -85,7 +85,7 @@ def test_a_stale_reference_is_told_and_rewritten(tmp_path, monkeypatch, capsys):
         (["calibrate", "tests", "--data", "t.parquet"], "a checkpoint's folder is calibrated in place"),
         (["train", "--recipe", "speedrun"], "--recipe NAME_OR_FILE and --output DIR are needed"),
         (["train", "--recipe", "speedrum", "--dry-run"], "did you mean 'speedrun'"),
-        (["evaluate", "checkpoint"], "evaluate needs a checkpoint, --data TABLE and --out DIR"),
+        (["evaluate", "checkpoint"], "evaluate needs a checkpoint, --data TABLE (or --benchmark DIR) and --out DIR"),
         (["evaluate", "gone", "--data", "t", "--out", "o", "--card"], "--card writes into a checkpoint's folder"),
         (["corpus", "build"], "--out DIR says where the corpus is made"),
         (["corpus", "read", "ravdess", "--root", ".", "--out", "t", "--fold", "1"], "--fold is for IEMOCAP"),
