@@ -13,7 +13,8 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 # decodes timestamps and hears other words.
 def transcriber(folder: str | Path, device: str = "cpu") -> Callable[[np.ndarray], str]:
     """The greedy decoder of the Whisper in `folder`, for clips at 16 kHz; it takes 30 s at a time."""
-    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device)
+    model: Any = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = model.to(device)
     tokenizer = WhisperTokenizer.from_pretrained(folder)
     extractor = WhisperFeatureExtractor.from_pretrained(folder)
     multilingual = getattr(model.generation_config, "is_multilingual", False)

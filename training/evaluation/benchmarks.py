@@ -119,8 +119,10 @@ def _air_question(file: Path, item: dict[str, Any]) -> Question:
 def _read_items(file: Path) -> Iterable[dict[str, Any]]:
     import pandas as pd
 
-    frame: Any = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_json(file, lines=True, dtype=False)
-    return frame.to_dict("records")
+    as_written: Any = False  # no text becomes a number
+    if file.suffix == ".parquet":
+        return pd.read_parquet(file).to_dict("records")
+    return pd.read_json(file, lines=True, dtype=as_written).to_dict("records")
 
 
 def _voice_question(file: Path, item: dict[str, Any], subset: str, number: int, scratch: Path) -> Question:
