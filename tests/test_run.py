@@ -130,7 +130,8 @@ def test_a_run_with_letters_goes_on_and_learns_more_words(tiny_backbones, tmp_pa
     adapter = model.linguistic_adapter
     known, bigrams = adapter.lexicon.known(adapter.alphabet)
     assert {"foxes", "quickly", "lazy", "fox"} <= known.keys()
-    assert bigrams["foxes", "quickly"] == 2 and bigrams["lazy", "dog"] > 2  # the clips say it too
+    assert bigrams["foxes", "quickly"] == 2  # in two sentences
+    assert ("lazy", "dog") not in bigrams  # many clips say it, in one sentence
     assert not any("quickly" in bigram and "the" in bigram for bigram in bigrams)
     assert model.config.linguistic_lexicon_size == len(state["linguistic_adapter.lexicon.counts"]) > len(known)
     for folder in ("final", "stage-3-holistic", "stage-2-disentangle"):
