@@ -23,7 +23,7 @@ from .corpora.synthesis import build, read_texts
 from .corpora.table import read_table, write_table
 from .files import Journal, read_lines
 from .labels import ATTRIBUTES
-from .recipe import Recipe, WarmStartRecipe
+from .recipe import Recipe
 from .tasks import cut_history, lend_histories, tasks_of
 
 
@@ -56,7 +56,7 @@ def load_data(recipe: Recipe, folder: Path, config: DualSLMConfig, device: str =
         tables.append(_synthesised(recipe, folder))
     rows = [row for row in read_table(*tables) if row.split in ("train", "validation")]
     rows = _with_audio(rows, args.skip_damaged)
-    stage_0 = recipe.warm_start if recipe.warm_start.enabled else WarmStartRecipe()
+    stage_0 = recipe.stage_0
     words = read_table(*stage_0.tables) if stage_0.tables else []
     words = _with_audio([row for row in words if row.split == "train"], args.skip_damaged)
     lines = read_lines(stage_0.lexicon)

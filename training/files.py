@@ -55,6 +55,14 @@ def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def replace_section(text: str, marks: tuple[str, str], body: str, title: str) -> str:
+    """The text with `body` between two marks. A text without the marks gets them under a new heading at its end."""
+    (start, end), section = marks, "\n".join([marks[0], body, marks[1]])
+    if start in text and end in text:
+        return text[: text.index(start)] + section + text[text.index(end) + len(end) :]
+    return f"{text.rstrip()}\n\n## {title}\n\n{section}\n"
+
+
 def read_lines(files: Iterable[str | Path]) -> list[str]:
     """The lines of text files, one file after another."""
     return [line for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()]

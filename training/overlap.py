@@ -83,11 +83,12 @@ def compare(
     read = (
         text for row in train for text in (row.transcript, row.response, *(turn["content"] for turn in row.history))
     )
-    counted_pairs = {gram for text in counted for gram in _ngrams(normalize(text, alphabet), 2) if gram in asked}
-    sentences, ngrams, speakers = set(), set(), {row.speaker for row in train}  # of training
-    for words in (normalize(text, alphabet) for text in dict.fromkeys([*counted, *filter(None, read)])):
-        sentences.add(" ".join(words))
-        ngrams.update(gram for n in ORDERS for gram in _ngrams(words, n) if gram in asked)
+    unique = dict.fromkeys([*counted, *filter(None, read)])
+    words_of = {text: normalize(text, alphabet) for text in unique}
+    counted_pairs = {gram for text in counted for gram in _ngrams(words_of[text], 2) if gram in asked}
+    sentences = set(map(" ".join, words_of.values()))
+    ngrams = {gram for words in words_of.values() for n in ORDERS for gram in _ngrams(words, n) if gram in asked}
+    speakers = {row.speaker for row in train}
     sizes = {_file_size(row) for row in test}
     clips = {_clip(row) for row in train if row.audio and _file_size(row) in {None, *sizes}}
     overlaps = []

@@ -53,7 +53,7 @@ def plan(recipe: Recipe, output: str | Path) -> str:
         recipe = replace(recipe, model=replace(recipe.model, **ids))
     model, data = recipe.model, recipe.data
     rows = plan_rows(recipe)
-    tables = recipe.warm_start.tables if recipe.warm_start.enabled else []  # additional clips of stage 0
+    tables = recipe.stage_0.tables  # additional clips
     words = [row for row in read_table(*tables) if row.audio and row.split == "train"] if tables else []
     text = _config(model.text_model_id, "text")
     positions = _positions(recipe, rows.used or [Row("0", "", "train", transcript="x" * 50, response=_ANSWER)])

@@ -4,16 +4,15 @@ It also says in the model card what the test data share with what was trained on
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from .corpora import CORPORA
 from .corpora.row import Row
 from .corpora.table import read_table
-from .files import read_json, read_lines, write_text
+from .files import read_json, read_lines, replace_section, write_text
 from .overlap import NOTE, KnownWords, Overlap, compare, describe_overlap, read_lexicon
-from .recipe import Recipe, WarmStartRecipe, load_recipe
-from .text import normalize
+from .recipe import Recipe, load_recipe
+from .text import bigram_counts, word_counts, word_tuple
 
 SAME_WORDS = ("ravdess", "vctk", "fsdd", "synthetic")  # corpora that let all of their speakers say the same words
 SHORT = 4  # words: a shorter sentence that two people say is chance
@@ -51,7 +50,7 @@ def check_release(run: Path, tables: Path, tests: Iterable[Path], held_out: Iter
 
 def _data(recipe: Recipe, tables: Path) -> tuple[list[Row], list[Row], list[str]]:
     """Training rows, held-out rows and more texts of a recipe, and of the run that its words come from."""
-    stage_0 = recipe.warm_start if recipe.warm_start.enabled else WarmStartRecipe()
+    stage_0 = recipe.stage_0
     rows = list(read_table(*_paths(tables, [*recipe.data.tables, *stage_0.tables])))
     train = [row for row in rows if row.split == "train"]
     test = [row for row in rows if row.split != "train" and not row.voice_only]
@@ -87,15 +86,14 @@ def _shared(overlaps: Sequence[Overlap]) -> list[str]:
 
 
 def _held_out(said: Sequence[str], held_out: Iterable[str]) -> list[str]:
-    known = {tuple(words) for text in held_out if len(words := normalize(text)) >= SHORT}
-    found = [text for text in dict.fromkeys(said) if tuple(normalize(text)) in known]
+    known = {words for words in map(word_tuple, held_out) if len(words) >= SHORT}
+    found = [text for text in dict.fromkeys(said) if word_tuple(text) in known]
     return [f"{len(found)} texts are those of held-out speakers, the first is {found[0][:60]!r}"] if found else []
 
 
 def _unexplained(lexicon: KnownWords, said: Sequence[str]) -> list[str]:
-    texts = [normalize(text, lexicon.alphabet) for text in said]
-    words = lexicon.words - {word for text in texts for word in text}
-    bigrams = lexicon.bigrams - {" ".join(pair) for text in texts for pair in pairwise(text)}
+    words = lexicon.words - word_counts(said, lexicon.alphabet).keys()
+    bigrams = lexicon.bigrams - set(map(" ".join, bigram_counts(said, lexicon.alphabet)))
     kinds = {"words": words, "bigrams": bigrams}
     return [
         f"{len(found)} {kind} of the lexicon are in no text of the run, one is {min(found)!r}"
@@ -112,11 +110,7 @@ def held_out_texts(rows: Iterable[Row]) -> list[str]:
 
 def write_overlap(card: Path, overlaps: Sequence[Overlap]) -> None:
     """Writes the table into the section of a model card that has its two marks; a card without it gets one at the end."""
-    path, (start, end) = card / "README.md", SECTION
+    path = card / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    section = "\n".join([start, "```text", "\n\n".join(map(describe_overlap, overlaps)), "", NOTE, "```", end])
-    if start in text and end in text:
-        text = text[: text.index(start)] + section + text[text.index(end) + len(end) :]
-    else:
-        text = f"{text.rstrip()}\n\n## What the tests share with training\n\n{section}\n"
-    write_text(path, text)
+    body = "\n".join(["```text", "\n\n".join(map(describe_overlap, overlaps)), "", NOTE, "```"])
+    write_text(path, replace_section(text, SECTION, body, "What the tests share with training"))

@@ -235,6 +235,11 @@ class Recipe:
     train: TrainRecipe
     stages: list[StageRecipe]
 
+    @property
+    def stage_0(self) -> WarmStartRecipe:
+        """`warm_start` if it is enabled, else one without tables and texts."""
+        return self.warm_start if self.warm_start.enabled else WarmStartRecipe()
+
     def learns_dialogues(self, corpus: str) -> bool:
         """Whether a stage asks rows of this corpus for dialogues."""
         return any(stage.share(corpus, "dialogue") > 0 for stage in self.stages)

@@ -31,10 +31,10 @@ from .corpora.row import Row
 from .corpora.synthesis import build
 from .corpora.table import read_table, write_table
 from .corpora.voices import ENGINES
-from .files import Journal, write_text
+from .files import Journal, read_lines, write_text
 from .hardware import fast_dtype
 from .provenance import SAME_WORDS, check_release, held_out_texts, write_overlap
-from .text import hash_uniform, normalize
+from .text import hash_uniform, word_tuple
 
 # Energy is cut by tertiles of RAVDESS's and LibriSpeech's training clips: by TextrolSpeech's borders 93 % of RAVDESS is
 # low. Pitch and tempo have TextrolSpeech's.
@@ -69,9 +69,9 @@ def sentences(data: Path) -> list[str]:
     These are LibriSpeech train-clean-100, DailyTalk and StyleTalk. A text that is held out is left out.
     """
     texts, held_out = texts_by_use(data)
-    known = {tuple(normalize(text)) for text in held_out}
+    known = set(map(word_tuple, held_out))
     long = (" ".join(text.lower().split()) for text in texts if len(text.split()) >= 3)
-    return [text for text in dict.fromkeys(long) if tuple(normalize(text)) not in known]
+    return [text for text in dict.fromkeys(long) if word_tuple(text) not in known]
 
 
 def texts_by_use(data: Path) -> tuple[list[str], list[str]]:
@@ -122,17 +122,14 @@ def recorded(data: Path, folders: list[str]) -> dict[str, list[Row]]:
         seen |= {row.key for row in new}
         moved = [row.split == "validation" and row.speaker in trained for row in new]
         tables[folder] = [row.replace(split="train") if m else row for row, m in zip(new, moved, strict=True)]
-    held_out = {tuple(normalize(text)) for text in held_out_texts(row for rows in tables.values() for row in rows)} - {
-        ()
-    }
+    held_out = set(map(word_tuple, held_out_texts(row for rows in tables.values() for row in rows))) - {()}
     for folder, rows in tables.items():
-        leaky = [row.split == "train" and row.corpus not in SAME_WORDS and _words(row) in held_out for row in rows]
+        leaky = [
+            row.split == "train" and row.corpus not in SAME_WORDS and word_tuple(row.transcript or "") in held_out
+            for row in rows
+        ]
         tables[folder] = [row for row, out in zip(rows, leaky, strict=True) if not out]
     return tables
-
-
-def _words(row: Row) -> tuple[str, ...]:
-    return tuple(normalize(row.transcript or ""))
 
 
 def labelled(rows: Iterable[Row], table: Path) -> None:
@@ -156,7 +153,7 @@ def styled_dialogues(data: Path, tables: list[Path]) -> Iterator[Row]:
     test turns, test speakers the other half. A training turn with the words of a test turn is left out.
     """
     rows = list(styletalk.read(data / "metadata/StyleTalk", Report()))
-    held_out = [normalize(str(row.transcript)) for row in rows if row.split == "test"]
+    held_out = {word_tuple(str(row.transcript)) for row in rows if row.split == "test"}
     lending: dict[tuple[str, str], dict[str, list[Row]]] = {}  # (split, style) -> corpus -> clips
     for clip in read_table(*tables):
         for style, (emotions, _) in STYLES.items():
@@ -168,7 +165,7 @@ def styled_dialogues(data: Path, tables: list[Path]) -> Iterator[Row]:
         if row.split != "train":
             split, copies = "validation" if hash_uniform(str(row.dialogue)) < 0.5 else "test", 1
         corpora = lending.get((split, style))
-        if corpora is None or (split == "train" and normalize(str(row.transcript)) in held_out):
+        if corpora is None or (split == "train" and word_tuple(str(row.transcript)) in held_out):
             continue
         said = {"transcript": row.transcript, "response": row.response, "response_complete": True, "voice_only": True}
         history = row.history[1:] if row.history and row.history[0]["role"] != "user" else row.history
@@ -251,7 +248,7 @@ def make_tables(data: Path, out: Path, folders: list[str], engines: list[str], h
     if not (out / "sentences.txt").is_file():  # what is spoken, and what the decoding lexicon is made of
         write_text(out / "sentences.txt", "\n".join(sentences(data)) + "\n")
     if not (out / "synthetic/metadata.jsonl").is_file():
-        build(sentences(data), out / "synthetic", hours, seed, engines=engines)
+        build(read_lines([out / "sentences.txt"]), out / "synthetic", hours, seed, engines=engines)
     spoken = list(read(out / "synthetic", Report()))
     labelled(spoken[:SYNTHETIC_VOICES], out / "synthetic.parquet")
     clips = [out / f"{name}.parquet" for name in (*folders, "synthetic")]

@@ -32,6 +32,11 @@ def normalize(text: str, alphabet: str = ALPHABET) -> list[str]:
     return [word.strip("'") for word in text.split() if word.strip("'")]
 
 
+def word_tuple(text: str) -> tuple[str, ...]:
+    """The words of a text, by which it is the same as another."""
+    return tuple(normalize(text))
+
+
 def word_counts(texts: Iterable[str], alphabet: str = ALPHABET) -> Counter[str]:
     return Counter(word for text in texts for word in normalize(text, alphabet))
 

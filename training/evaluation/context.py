@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
@@ -40,7 +40,7 @@ class EvaluationContext:
     facts: tuple[str, ...] = ()  # attributes that the prompts tell in words
     tasks: tuple[str, ...] = ("asr", *ATTRIBUTES)  # those that the system was trained for; others are not asked
     train: list[Row] = field(default_factory=list)  # training rows, for probes and the classifier of the suite `style`
-    questions: list[tuple[str, Sample, Row]] = field(default_factory=list)  # (suite, ...) of public benchmarks
+    questions: Sequence[tuple[str, Sample, Row]] = ()  # (suite, ...) of public benchmarks
     notes: list[str] = field(default_factory=list)  # remarks for the report; suites add to them
 
     def take(self, task: str, limit: int | None = None, fit: Callable[[Row], object] = bool) -> list[Row]:

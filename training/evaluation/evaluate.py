@@ -171,7 +171,7 @@ def make_context(
         limit=setup["limit"],
         seed=setup["seed"],
         train=[row for row in rows if row.split == "train"],
-        questions=[(question.suite, question.sample, question.row) for question in questions],
+        questions=questions,
     )
     if isinstance(system, Checkpoint):
         context.transcribe = whisper_transcriber(system, journal)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..files import ASSETS, read_json, write_json, write_text
+from ..files import ASSETS, read_json, replace_section, write_json, write_text
 from ..labels import KINDS
 from .figures import HEADLINE, PLACE, SUMMARY, FigureRecord, compare, pivots, show
 from .records import Record, read_records
@@ -167,15 +167,11 @@ def write_card(folder: Path, report: Report) -> None:
     card = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else ModelCard("---\n---\n")
     known = {key: value for key, value in card.data.to_dict().items() if key not in ("model-index", "model_name")}
     card.data = ModelCardData(**known, model_name=folder.resolve().name, eval_results=_results(report))
-    (start, end), text, warnings = SECTION, card.text, report["warnings"]
-    lines = [start, markdown(report["figures"]), "", *(f"- {warning}" for warning in warnings[:CARD_WARNINGS])]
+    warnings = report["warnings"]
+    lines = [markdown(report["figures"]), "", *(f"- {warning}" for warning in warnings[:CARD_WARNINGS])]
     if len(warnings) > CARD_WARNINGS:
         lines.append(f"- and {len(warnings) - CARD_WARNINGS} more warnings in the report.")
-    section = "\n".join([*lines, end])
-    if start in text and end in text:
-        card.text = text[: text.index(start)] + section + text[text.index(end) + len(end) :]
-    else:
-        card.text = f"{text.rstrip()}\n\n## Evaluation\n\n{section}\n"
+    card.text = replace_section(card.text, SECTION, "\n".join(lines), "Evaluation")
     card.save(path)
 
 
