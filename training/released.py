@@ -89,14 +89,17 @@ def texts_by_use(data: Path) -> tuple[list[str], list[str]]:
 
 
 def _librispeech_texts(folder: Path, speakers: set[str | None]) -> tuple[list[str], list[str]]:
-    """The transcripts of train-clean-100 by these speakers, and all others."""
+    """The transcripts of train-clean-100 by these speakers, and those of all other speakers."""
     lines = (folder / "SPEAKERS.TXT").read_text(encoding="utf-8").splitlines()
-    numbers = {line.split("|")[0].strip() for line in lines if "| train-clean-100" in line}
-    allowed = {number for number in numbers if f"librispeech_{number}" in speakers}
+    clean = {line.split("|")[0].strip() for line in lines if "| train-clean-100" in line}
     texts, others = [], []
     with gzip.open(folder / "transcripts_all.txt.gz", "rt", encoding="utf-8") as file:
         for name, text in (line.split(" ", 1) for line in file):
-            (texts if name.split("-")[0] in allowed else others).append(text.strip())
+            number = name.split("-")[0]
+            if f"librispeech_{number}" not in speakers:
+                others.append(text.strip())
+            elif number in clean:
+                texts.append(text.strip())
     return texts, others
 
 
