@@ -112,5 +112,6 @@ def write_overlap(card: Path, overlaps: Sequence[Overlap]) -> None:
     """Writes the table into the section of a model card that has its two marks; a card without it gets one at the end."""
     path = card / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    body = "\n".join(["```text", "\n\n".join(map(describe_overlap, overlaps)), "", NOTE, "```"])
+    table = ["```text", "\n\n".join(map(describe_overlap, overlaps)), "", NOTE, "```"]
+    body = "\n".join(["<details><summary>Sentences, n-grams, speakers, clips</summary>", "", *table, "", "</details>"])
     write_text(path, replace_section(text, SECTION, body, "What the tests share with training"))
