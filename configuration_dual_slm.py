@@ -89,6 +89,11 @@ class ParalinguisticAdapterConfig:
     paralinguistic_soft_residual: bool = option(
         False, "Add a free vector to each soft token, from a linear layer that starts at zero."
     )
+    caption_origin: dict | None = option(
+        None,
+        "The LLM that soft tokens learned with, where it is another one than the checkpoint's: its name, fingerprint and "
+        "width, and how its tokens spell `caption_template`. `dual-slm port` writes it.",
+    )
 
     @property
     def reads_statistics(self) -> bool:

@@ -7,6 +7,7 @@ import torch
 from .captions_dual_slm import CaptionSlots
 from .configuration_dual_slm import plain_text
 from .templates_dual_slm import encode_answer
+from .tokens_dual_slm import encode_pieces
 
 
 class HearingMixin:
@@ -87,7 +88,8 @@ class HearingMixin:
         heard, attributes = [None] * count, [None] * count
         if features.linguistic_token_ids is not None:
             tokens = features.linguistic_token_ids.split(features.linguistic_lengths.tolist())
-            heard = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
+            options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+            heard = [self.tokenizer.decode(ids, **options).strip() for ids in tokens]
         if features.paralinguistic_logits is not None and self.caption_slots is not None:
             found = [self.caption_slots.read(logits) for logits in features.paralinguistic_logits]
             attributes = [self._calibrate(each) for each in found]
@@ -113,5 +115,5 @@ class HearingMixin:
             word = word.strip("'\".,;:!?")
             if not word or not set(adapter.alphabet[1:]).issuperset(word):
                 raise ValueError(f"the hotword {word!r} is not in the letters {adapter.alphabet!r}.")
-            hotwords[word] = self.tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+            (hotwords[word],) = encode_pieces(self.tokenizer, [f" {word}"])
         adapter.hotwords = hotwords

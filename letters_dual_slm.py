@@ -5,6 +5,8 @@ The search is our own because it travels to the Hub with the checkpoint, without
 
 import collections
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,9 +15,11 @@ from transformers.utils import logging
 
 from .adapters_dual_slm import AdaptedWords, concatenate_frames
 from .encoder_dual_slm import length_mask
+from .tokens_dual_slm import encode_pieces, read_vocabulary
 
 logger = logging.get_logger(__name__)
 
+MAX_BIGRAMS = 200_000  # 12 bytes each in the checkpoint
 _LEAST_LETTER = math.log(0.01)  # letters below this probability are skipped, which bounds the search in noise
 
 
@@ -197,6 +201,54 @@ class Lexicon(nn.Module):
             words = Words({spelling: ids for spelling, _, ids in rows if ids}, *self._known(rows), hotwords)
             self._read = ([buffer.clone() for buffer in now], dict(hotwords), words)
         return words
+
+
+def lexicon_rows(
+    tokenizer: Any, words: Mapping[str, int], bigrams: Mapping[tuple[str, str], int], alphabet: str
+) -> dict[str, torch.Tensor]:
+    """The buffers of a [`Lexicon`], from the LLM's tokenizer and the counts of words and bigrams.
+
+    They hold the words that are short enough, every token of the LLM that consists of letters, which spell all other
+    words, and the bigrams of these words that occur more than once.
+
+    Raises:
+        ValueError: the tokenizer cannot spell a letter, or needs too many tokens for it.
+    """
+    entries = _lexicon_entries(tokenizer, words, alphabet)
+    letter_ids = {letter: i for i, letter in enumerate(alphabet, 1)}
+    spellings = torch.zeros(len(entries), Lexicon.longest, dtype=torch.uint8)
+    token_ids = torch.full((len(entries), Lexicon.most), -1, dtype=torch.int32)
+    for row, (spelling, (_, ids)) in enumerate(entries.items()):
+        spellings[row, : len(spelling)] = torch.tensor([letter_ids[letter] for letter in spelling])
+        token_ids[row, : len(ids)] = torch.tensor(ids)
+    counts = torch.tensor([count for count, _ in entries.values()], dtype=torch.int32)
+    row_of = {spelling[1:]: row for row, spelling in enumerate(entries) if counts[row]}
+    often = {bigram: count for bigram, count in bigrams.items() if count > 1 and row_of.keys() >= set(bigram)}
+    ordered = sorted(often.items(), key=lambda item: (-item[1], item[0]))[:MAX_BIGRAMS]
+    pairs = torch.tensor([(row_of[a], row_of[b], n) for (a, b), n in ordered], dtype=torch.int32).reshape(-1, 3)
+    return {"spellings": spellings, "counts": counts, "token_ids": token_ids, "pairs": pairs}
+
+
+def _lexicon_entries(tokenizer: Any, words: Mapping[str, int], alphabet: str) -> dict[str, tuple[int, list[int]]]:
+    """Spelling -> (count, token ids), sorted by spelling. A space begins a spelling that begins a word."""
+    letters, unknown = set(alphabet[1:]), getattr(tokenizer, "unk_token_id", None)
+    entries: dict[str, tuple[int, list[int]]] = {}
+    for spelling, number in read_vocabulary(tokenizer).items():
+        if spelling and letters.issuperset(spelling.removeprefix(" ")) and number != unknown:
+            entries[spelling] = (0, [number])
+    needed = [*alphabet[1:], *([] if " " in entries else [f" {letter}" for letter in alphabet[1:]])]
+    single = [spelling for spelling in needed if spelling not in entries]
+    for spelling, ids in zip(single, encode_pieces(tokenizer, single), strict=True):
+        if not ids or unknown in ids or len(ids) > Lexicon.most:  # a byte-level tokenizer may need several
+            raise ValueError(
+                f"this tokenizer spells the letter {spelling!r} in the tokens {ids}; a lexicon needs 1 to {Lexicon.most} "
+                "known ones. Take another LLM, or other linguistic_letters."
+            )
+        entries[spelling] = (0, ids)
+    said = [word for word in words if letters.issuperset(word)]
+    for word, ids in zip(said, encode_pieces(tokenizer, [f" {word}" for word in said]), strict=True):
+        entries[f" {word}"] = (words[word], ids if len(ids) <= Lexicon.most and unknown not in ids else [])
+    return {spelling: row for spelling, row in sorted(entries.items()) if len(spelling) <= Lexicon.longest}
 
 
 class Words:

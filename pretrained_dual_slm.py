@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from .adapters_dual_slm import ParalinguisticAdapter, QueryAdapter, SoftResidual, SoftTokens
+from .adapters_dual_slm import ParalinguisticAdapter, PortedTokens, QueryAdapter, SoftResidual, SoftTokens
 from .backbones_dual_slm import (
     HUB_OPTIONS,
     SIDES,
@@ -26,6 +26,7 @@ from .backbones_dual_slm import (
 from .configuration_dual_slm import FIELDS, DualSLMConfig
 from .letters_dual_slm import Lexicon
 from .lora_dual_slm import add_lora, load_lora, merge_lora
+from .porting_dual_slm import plan_port
 
 _MORE_FIELDS = ("audio_config", "text_config", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -43,6 +44,7 @@ class DualSLMPreTrainedModel(PreTrainedModel):
     input_modalities = ("audio", "text")  # pyright: ignore
     output_modalities = ("text",)
     supports_gradient_checkpointing = True
+    _keys_to_ignore_on_load_missing = [r"soft_tokens\.keys"]  # noqa: RUF012 (read from the LLM, or refused)
     _keys_to_ignore_on_load_unexpected = [r"\.lora_"]  # noqa: RUF012 (loaded, and checked, once the LLM is there)
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -72,6 +74,9 @@ class DualSLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SoftTokens):
             init.constant_(module.scale, 10.0)  # embedding rows are short (norm about 1-3)
             init.zeros_(module.token_ids)
+            init.zeros_(module.keys)
+            if isinstance(module, PortedTokens):
+                init.zeros_(module.sources)
 
     @property
     def _adapter_modules(self) -> list[nn.Module]:
@@ -98,6 +103,9 @@ class DualSLMPreTrainedModel(PreTrainedModel):
             self.hf_device_map = {f"language_model.{name}".rstrip("."): place for name, place in places.items()}
             self.hf_device_map |= dict.fromkeys(ours, first)
         add_lora(language_model, self.config.lora_config)
+        soft_tokens = getattr(self.paralinguistic_adapter, "soft_tokens", None)
+        if soft_tokens is not None and not soft_tokens.keys.any() and soft_tokens.token_ids.any():
+            soft_tokens.choose(soft_tokens.token_ids, language_model.get_input_embeddings())
 
     def train(self, mode: bool = True):
         """Keeps frozen modules in evaluation mode, so that their dropout stays off.
@@ -244,10 +252,13 @@ class DualSLMPreTrainedModel(PreTrainedModel):
         Args:
             dtype, device_map, max_memory, offload_folder, quantization_config, attn_implementation: for the backbones.
                 The adapters are few and stay in float32.
-            audio_model_id, text_model_id: load the same backbones from elsewhere.
+            audio_model_id, text_model_id: load the same backbones from elsewhere. Where `text_model_id` names an LLM with
+                another fingerprint, the adapters are ported: caption and lexicon are spelled in its tokens, what is
+                bound to the old LLM is dropped, and a warning says so. Load the processor with the same `text_model_id`.
 
         Raises:
-            ValueError: keys are missing, unexpected or of another shape, or a backbone is not the one trained with.
+            ValueError: keys are missing, unexpected or of another shape, a backbone is not the one trained with, or
+                adapters that only their own LLM can read are to be ported.
             OSError: a file is damaged or missing or a pickle, or a backbone cannot be found.
         """
         name = pretrained_model_name_or_path
@@ -255,10 +266,12 @@ class DualSLMPreTrainedModel(PreTrainedModel):
         places = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key) is not None}
         dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
         placing = {key: kwargs.pop(key, None) for key in ("max_memory", "offload_folder", "offload_buffers")}
+        saved = None
         if not isinstance(config, PreTrainedConfig):
             source = config if config is not None else name
             with name_in_errors(source):
-                config = DualSLMConfig.from_pretrained(source, **hub_kwargs, **places)
+                saved = config = DualSLMConfig.from_pretrained(source, **hub_kwargs, **places)
+        port = plan_port(name, saved, kwargs.get("text_model_id", config.text_model_id), hub_kwargs, places)
         if attn_implementation is None:  # the auto classes have moved it there; sdpa is the default
             found = getattr(config, "_attn_implementation", None)
             attn_implementation = None if found == "sdpa" else found
@@ -276,13 +289,16 @@ class DualSLMPreTrainedModel(PreTrainedModel):
                 "use_safetensors=False is refused: adapters are read from safetensors, never from pickles."
             )
         model, info = cls._load_adapters(name, config, kwargs)
+        if port is not None:
+            model = port.move(name, model, hub_kwargs)
+            config = model.config
         options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         options |= {"quantization_config": quantization_config, **placing, **hub_kwargs}
         sources = [BackboneSource.of(config, side) for side in SIDES]
         audio_tower, language_model, _ = load_backbones(sources[0], sources[1], options)
         for side in SIDES:
             refuse_other_backbone(config, side, hub_kwargs)
-        generation_config = model.generation_config
+        generation_config = (model if port is None else language_model).generation_config
         model.attach_backbones(audio_tower, language_model)
         if config.lora_config is not None:
             load_lora(model, name, hub_kwargs | places)

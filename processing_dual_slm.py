@@ -9,9 +9,11 @@ from transformers import BatchFeature, GenerationConfig, ProcessorMixin
 from transformers.pipelines.any_to_any import AnyToAnyPipeline
 
 from .audio_dual_slm import count_frames, extract_log_mel, extract_waveforms, load_audio, pad_frames
+from .backbones_dual_slm import HUB_OPTIONS
 from .captions_dual_slm import CaptionSlots
 from .conversation_dual_slm import DualSLMConversation
 from .hearing_dual_slm import HearingMixin
+from .porting_dual_slm import plan_port
 from .templates_dual_slm import fit_messages
 from .turns_dual_slm import AUDIO_MARK, SOURCES, SpokenTurn
 
@@ -24,6 +26,7 @@ SHARED_FIELDS = (
     "caption_template",
     "attribute_labels",
     "attribute_questions",
+    "caption_origin",
 )
 
 
@@ -41,7 +44,7 @@ class DualSLMProcessor(HearingMixin, ProcessorMixin):
         tokenizer: the LLM's. The two placeholder tokens are added after its last id.
         chat_template (`str`, *optional*): replaces the tokenizer's own template.
         num_paralinguistic_tokens, linguistic_adapter_type, linguistic_downsample_rate, encoder_padding, caption_template,
-            attribute_labels, attribute_questions: as in [`DualSLMConfig`].
+            attribute_labels, attribute_questions, caption_origin: as in [`DualSLMConfig`].
         attribute_temperatures (`dict[str, float]`, *optional*): attribute -> divisor of its log-probabilities, fitted on
             validation speakers by `dual-slm calibrate`. Default: 1.
         audio_conv (`list[list[int]]`, *optional*): kernels and strides of an encoder of waveforms, which give the number
@@ -66,6 +69,7 @@ class DualSLMProcessor(HearingMixin, ProcessorMixin):
         attribute_questions: dict[str, dict[str, str]] | None = None,
         attribute_temperatures: dict[str, float] | None = None,
         audio_conv: list[list[int]] | None = None,
+        caption_origin: dict | None = None,
         paralinguistic_token: str = "<|paralinguistic|>",
         linguistic_token: str = "<|linguistic|>",
     ):
@@ -78,6 +82,7 @@ class DualSLMProcessor(HearingMixin, ProcessorMixin):
         self.attribute_temperatures = attribute_temperatures
         self.linguistic_adapter_type = linguistic_adapter_type
         self.audio_conv = audio_conv
+        self.caption_origin = caption_origin
         self.paralinguistic_token = paralinguistic_token
         self.linguistic_token = linguistic_token
         self.caption_slots = None
@@ -94,6 +99,8 @@ class DualSLMProcessor(HearingMixin, ProcessorMixin):
                         f"the caption template takes {self.caption_slots.num_slots} tokens of this tokenizer, but "
                         f"num_paralinguistic_tokens is {num_paralinguistic_tokens}."
                     )
+                if caption_origin is not None:  # the adapter's logits are over the tokens of its first LLM
+                    self.caption_slots = CaptionSlots.from_layout(caption_origin["slots"], attribute_labels or {})
         chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
@@ -120,6 +127,26 @@ class DualSLMProcessor(HearingMixin, ProcessorMixin):
                     f"tokenizer ({len(tokenizer)} tokens): it is not the tokenizer of {config.text_model_id}."
                 )
         return processor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, text_model_id: str | None = None, **kwargs):
+        """Loads a processor.
+
+        Args:
+            text_model_id: as for the model. An LLM with another fingerprint than the checkpoint's brings its own tokenizer
+                and chat template, and the caption is spelled in its tokens.
+            kwargs: `revision`, `subfolder` and Hub options.
+        """
+        name = pretrained_model_name_or_path
+        processor = super().from_pretrained(name, **kwargs)
+        hub_kwargs = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
+        places = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key) is not None}
+        port = None if text_model_id is None else plan_port(name, None, text_model_id, hub_kwargs, places)
+        if port is None:
+            return processor
+        ported = cls.from_config(port.config, processor.feature_extractor, port.tokenizer)
+        ported.attribute_temperatures = None if processor.attribute_questions else processor.attribute_temperatures
+        return ported
 
     @property
     def model_input_names(self) -> list[str]:

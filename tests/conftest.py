@@ -26,8 +26,8 @@ from transformers import (
 from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
 from dual_slm.captions_dual_slm import CaptionSlots
 from dual_slm.configuration_dual_slm import WARM_START_ADAPTERS
+from dual_slm.letters_dual_slm import lexicon_rows
 from dual_slm.training.forward import load_state
-from dual_slm.training.spelling import lexicon_rows
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -131,7 +131,7 @@ def make_model(backbones: tuple[str, str], **fields) -> tuple[DualSLMForConditio
     torch.manual_seed(1)
     model = DualSLMForConditionalGeneration.from_backbones(audio, text, **fields)
     if kind == "letters":
-        model.paralinguistic_adapter.soft_tokens.token_ids = torch.tensor(slots.token_ids)
+        model.paralinguistic_adapter.soft_tokens.choose(slots.token_ids, model.get_input_embeddings())
         fill_lexicon(model, tokenizer)
         adapter = model.linguistic_adapter
         with torch.no_grad():  # random outputs that change from frame to frame, and a blank that wins sometimes

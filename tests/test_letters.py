@@ -8,6 +8,11 @@ import pytest
 import torch
 
 from conftest import make_model
+from dual_slm.configuration_dual_slm import ALPHABET
+from dual_slm.letters_dual_slm import lexicon_rows
+
+WORDS = {"the": 9, "fox": 3, "lazy": 2, "dog": 2, "extraordinarily": 1, "über": 4}
+BIGRAMS = {("the", "fox"): 3, ("lazy", "dog"): 2, ("the", "dog"): 2, ("fox", "dog"): 1, ("the", "cat"): 5}
 
 
 def test_the_search_finds_the_text_that_all_paths_together_make_most_likely(tiny_backbones):
@@ -86,3 +91,25 @@ def test_an_empty_lexicon_says_what_fills_it(tiny_backbones):
         setattr(model.linguistic_adapter.lexicon, name, buffer[:0])
     with pytest.raises(ValueError, match="Stage 0 of training fills it"):
         model.linguistic_adapter.words().tokens("fox")
+
+
+def test_a_lexicon_has_words_that_are_said_and_tokens_that_spell_others(letters, monkeypatch):
+    model, processor = letters
+    rows = lexicon_rows(processor.tokenizer, WORDS, BIGRAMS, ALPHABET)
+    lexicon = model.linguistic_adapter.lexicon
+    assert {name: tensor.dtype for name, tensor in rows.items()} == {
+        name: tensor.dtype for name, tensor in lexicon.named_buffers()
+    }
+    spelled = ["".join(ALPHABET[i - 1] for i in spelling if i) for spelling in rows["spellings"].tolist()]
+    assert spelled == sorted(set(spelled)) and set(ALPHABET[1:]) <= set(spelled)
+    counts = dict(zip(spelled, rows["counts"].tolist(), strict=True))
+    assert {word: count for word, count in counts.items() if count} == {
+        f" {word}": count for word, count in WORDS.items() if word != "über"
+    }
+    for spelling, ids in zip(spelled, rows["token_ids"].tolist(), strict=True):
+        ids = [token for token in ids if token >= 0]
+        assert processor.tokenizer.decode(ids) == spelling or (not ids and spelling == " extraordinarily")
+    pairs = [(spelled[a][1:], spelled[b][1:], count) for a, b, count in rows["pairs"].tolist()]
+    assert pairs == [("the", "fox", 3), ("lazy", "dog", 2), ("the", "dog", 2)]  # by count, then by letters
+    monkeypatch.setattr("dual_slm.letters_dual_slm.MAX_BIGRAMS", 2)
+    assert len(lexicon_rows(processor.tokenizer, WORDS, BIGRAMS, ALPHABET)["pairs"]) == 2

@@ -13,40 +13,14 @@ from dual_slm.training.spelling import (
     label_losses,
     label_rows,
     label_targets,
-    lexicon_rows,
     spell_letters,
 )
-
-WORDS = {"the": 9, "fox": 3, "lazy": 2, "dog": 2, "extraordinarily": 1, "über": 4}
-BIGRAMS = {("the", "fox"): 3, ("lazy", "dog"): 2, ("the", "dog"): 2, ("fox", "dog"): 1, ("the", "cat"): 5}
 
 
 def test_texts_are_spelled_in_the_letters_of_the_alphabet():
     letters = spell_letters("It’s the LAZY-dog!", ALPHABET)
     assert "".join(ALPHABET[letter] for letter in letters) == "it's the lazy dog"
     assert spell_letters("(no speech)", ALPHABET) == []
-
-
-def test_a_lexicon_has_words_that_are_said_and_tokens_that_spell_others(letters, monkeypatch):
-    model, processor = letters
-    rows = lexicon_rows(processor.tokenizer, WORDS, BIGRAMS, ALPHABET)
-    lexicon = model.linguistic_adapter.lexicon
-    assert {name: tensor.dtype for name, tensor in rows.items()} == {
-        name: tensor.dtype for name, tensor in lexicon.named_buffers()
-    }
-    spelled = ["".join(ALPHABET[i - 1] for i in spelling if i) for spelling in rows["spellings"].tolist()]
-    assert spelled == sorted(set(spelled)) and set(ALPHABET[1:]) <= set(spelled)
-    counts = dict(zip(spelled, rows["counts"].tolist(), strict=True))
-    assert {word: count for word, count in counts.items() if count} == {
-        f" {word}": count for word, count in WORDS.items() if word != "über"
-    }
-    for spelling, ids in zip(spelled, rows["token_ids"].tolist(), strict=True):
-        ids = [token for token in ids if token >= 0]
-        assert processor.tokenizer.decode(ids) == spelling or (not ids and spelling == " extraordinarily")
-    pairs = [(spelled[a][1:], spelled[b][1:], count) for a, b, count in rows["pairs"].tolist()]
-    assert pairs == [("the", "fox", 3), ("lazy", "dog", 2), ("the", "dog", 2)]  # by count, then by letters
-    monkeypatch.setattr("dual_slm.training.spelling.MAX_BIGRAMS", 2)
-    assert len(lexicon_rows(processor.tokenizer, WORDS, BIGRAMS, ALPHABET)["pairs"]) == 2
 
 
 def test_targets_are_those_of_known_labels_alone(letters):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..backbones_dual_slm import fingerprint, name_in_errors, resolve_backbone
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..templates_dual_slm import fit_messages
+from ..tokens_dual_slm import encode
 from .batches import batched
 from .collator import DualSLMCollator, Teacher
 from .corpora.checks import Report
@@ -22,7 +23,6 @@ from .corpora.row import Row
 from .files import Journal
 from .forward import forward_targets
 from .prompts import PROMPTS
-from .spelling import encode
 from .tasks import Sample, conversation, spoken_part, system_prompt, text_twin
 
 

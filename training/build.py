@@ -77,7 +77,7 @@ def _new_adapters(recipe: Recipe, options: dict[str, Any]) -> tuple[DualSLMForCo
     )
     extractor = AutoFeatureExtractor.from_pretrained(resolve_backbone(args.audio_model_id))
     if slots is not None:
-        model.paralinguistic_adapter.soft_tokens.token_ids = torch.tensor(slots.token_ids)
+        model.paralinguistic_adapter.soft_tokens.choose(slots.token_ids, model.get_input_embeddings())
     return model, DualSLMProcessor.from_config(model.config, extractor, tokenizer)
 
 

@@ -5,10 +5,10 @@ import os
 import sys
 
 from .allocator import keep_memory
-from .commands import align, backbones, benchmark, calibrate, corpus, evaluate, push, reply, train
+from .commands import align, backbones, benchmark, calibrate, corpus, evaluate, port, push, reply, train
 from .commands.common import fit_dtype
 
-COMMANDS = (backbones, reply, corpus, align, train, evaluate, calibrate, push, benchmark)
+COMMANDS = (backbones, reply, corpus, align, train, evaluate, calibrate, port, push, benchmark)
 
 
 def build_parser() -> argparse.ArgumentParser:

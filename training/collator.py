@@ -8,11 +8,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..processing_dual_slm import DualSLMProcessor
 from ..templates_dual_slm import encode_answer
+from ..tokens_dual_slm import encode
 from .corpora.row import Row
 from .err import Sources
 from .features import FeatureStore
 from .labels import TASKS
-from .spelling import caption_targets, encode, label_targets
+from .spelling import caption_targets, label_targets
 from .tasks import Sample
 
 Teacher = tuple[torch.Tensor, torch.Tensor]  # (n, k) token ids and log-probabilities

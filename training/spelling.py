@@ -1,6 +1,6 @@
 """Spells transcripts, captions and labels as what stage 0 teaches the adapters: letters, caption tokens, embedding rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,68 +8,18 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from ..letters_dual_slm import Lexicon
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..processing_dual_slm import DualSLMProcessor
+from ..tokens_dual_slm import encode
 from .corpora.row import Row
 from .text import normalize
 
-MAX_BIGRAMS = 200_000  # 12 bytes each in the checkpoint
 LABEL_SCALE = 10.0  # of the logits of labels, like that of new soft tokens: embedding rows are short
-
-
-def encode(tokenizer, text: str) -> list[int]:
-    """The tokens of a text, without those that the tokenizer would add."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def spell_letters(text: str, alphabet: str) -> list[int]:
     """Indices into the alphabet of a text's letters, spaces included."""
     return [alphabet.index(letter) for letter in " ".join(normalize(text, alphabet))]
-
-
-def lexicon_rows(
-    tokenizer, words: Mapping[str, int], bigrams: Mapping[tuple[str, str], int], alphabet: str
-) -> dict[str, torch.Tensor]:
-    """The buffers of a [`Lexicon`], from the LLM's tokenizer and the counts of words and bigrams.
-
-    They hold the words that are short enough, every token of the LLM that consists of letters, which spell all other
-    words, and the bigrams of these words that occur more than once.
-
-    Raises:
-        ValueError: the tokenizer needs too many tokens for one letter.
-    """
-    entries = _lexicon_entries(tokenizer, words, alphabet)
-    letter_ids = {letter: i for i, letter in enumerate(alphabet, 1)}
-    spellings = torch.zeros(len(entries), Lexicon.longest, dtype=torch.uint8)
-    token_ids = torch.full((len(entries), Lexicon.most), -1, dtype=torch.int32)
-    for row, (spelling, (_, ids)) in enumerate(entries.items()):
-        spellings[row, : len(spelling)] = torch.tensor([letter_ids[letter] for letter in spelling])
-        token_ids[row, : len(ids)] = torch.tensor(ids)
-    counts = torch.tensor([count for count, _ in entries.values()], dtype=torch.int32)
-    row_of = {spelling[1:]: row for row, spelling in enumerate(entries) if counts[row]}
-    often = {bigram: count for bigram, count in bigrams.items() if count > 1 and row_of.keys() >= set(bigram)}
-    ordered = sorted(often.items(), key=lambda item: (-item[1], item[0]))[:MAX_BIGRAMS]
-    pairs = torch.tensor([(row_of[a], row_of[b], n) for (a, b), n in ordered], dtype=torch.int32).reshape(-1, 3)
-    return {"spellings": spellings, "counts": counts, "token_ids": token_ids, "pairs": pairs}
-
-
-def _lexicon_entries(tokenizer, words: Mapping[str, int], alphabet: str) -> dict[str, tuple[int, list[int]]]:
-    """Spelling -> (count, token ids), sorted by spelling. A space begins a spelling that begins a word."""
-    letters = set(alphabet[1:])
-    entries = {letter: (0, encode(tokenizer, letter)) for letter in alphabet[1:]}
-    for letter, (_, ids) in entries.items():
-        if len(ids) > Lexicon.most:  # a byte-level tokenizer may need several
-            raise ValueError(f"this tokenizer takes more than {Lexicon.most} tokens for the letter {letter!r}.")
-    for token, number in tokenizer.get_vocab().items():
-        spelling = tokenizer.convert_tokens_to_string([token])
-        if spelling and letters.issuperset(spelling.removeprefix(" ")):
-            entries[spelling] = (0, [number])
-    for word, count in words.items():
-        if letters.issuperset(word):
-            ids = encode(tokenizer, f" {word}")
-            entries[f" {word}"] = (count, ids if len(ids) <= Lexicon.most else [])
-    return {spelling: row for spelling, row in sorted(entries.items()) if len(spelling) <= Lexicon.longest}
 
 
 def read_linguistic_state(file: str | Path) -> dict[str, torch.Tensor]:

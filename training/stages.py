@@ -15,6 +15,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from transformers import EvalPrediction, TrainerCallback
 
+from ..letters_dual_slm import lexicon_rows
 from ..modeling_dual_slm import DualSLMForConditionalGeneration
 from ..processing_dual_slm import DualSLMProcessor
 from .build import take_linguistic
@@ -29,7 +30,7 @@ from .forward import load_state
 from .labels import TASKS
 from .parsing import score
 from .recipe import Recipe, StageRecipe
-from .spelling import caption_targets, lexicon_rows
+from .spelling import caption_targets
 from .tasks import label_sets, tasks_of
 from .text import bigram_counts, hash_uniform, normalize, spelled_out, word_counts
 from .trainer import DualSLMTrainer, last_checkpoint

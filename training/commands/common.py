@@ -37,7 +37,8 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="checkpoint: a folder or Hub id (default: the released small one)")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     for side in ("audio", "text"):
-        parser.add_argument(f"--{side}-model-id", help=f"another place that holds the same {side} backbone")
+        other = "; another LLM is ported to, as by `dual-slm port`" if side == "text" else ""
+        parser.add_argument(f"--{side}-model-id", help=f"another place that holds the same {side} backbone{other}")
     add_device_arguments(parser, remote_code=True)
 
 
@@ -100,7 +101,7 @@ def load_checkpoint(
         raise ValueError(f"--device {device}: this machine has no CUDA device; use --device cpu.")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with name_in_errors(name):
-        processor = AutoProcessor.from_pretrained(name, **options)
+        processor = AutoProcessor.from_pretrained(name, text_model_id=backbones.get("text_model_id"), **options)
     options |= {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)} | backbones
     options["device_map"] = None if device == "cpu" else {"": device}
     return AutoModelForMultimodalLM.from_pretrained(name, **options), processor
