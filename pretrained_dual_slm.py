@@ -104,7 +104,8 @@ class DualSLMPreTrainedModel(PreTrainedModel):
             self.hf_device_map |= dict.fromkeys(ours, first)
         add_lora(language_model, self.config.lora_config)
         soft_tokens = getattr(self.paralinguistic_adapter, "soft_tokens", None)
-        if soft_tokens is not None and not soft_tokens.keys.any() and soft_tokens.token_ids.any():
+        without_keys = soft_tokens is not None and soft_tokens.token_ids.any() and not soft_tokens.keys.any()
+        if without_keys and device.type != "meta":  # an embedding that is offloaded has no rows to keep
             soft_tokens.choose(soft_tokens.token_ids, language_model.get_input_embeddings())
 
     def train(self, mode: bool = True):
@@ -326,5 +327,8 @@ class DualSLMPreTrainedModel(PreTrainedModel):
                 "(force_download=True), or restore the file."
             ) from error
         model, info = loaded
-        refuse_wrong_keys(name, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+        missing = set(info["missing_keys"])
+        if config.caption_origin is not None and not model.paralinguistic_adapter.soft_tokens.keys.any():
+            missing.add("paralinguistic_adapter.soft_tokens.keys")  # no LLM that is loaded here has them
+        refuse_wrong_keys(name, missing, info["unexpected_keys"], info["mismatched_keys"])
         return model, info

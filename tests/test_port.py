@@ -305,11 +305,24 @@ def test_an_earlier_checkpoint_gets_its_keys_from_the_old_llm_where_that_is_at_h
         model.get_input_embeddings().weight[processor.caption_slots.token_ids],
     )
     save_file(tensors, tmp_path / "old" / "model.safetensors", {"format": "pt"})
-    assert hear(*load(tmp_path / "old", llms["qwen"]))[1] == hear(model, processor)[1]
+    ported, its = load(tmp_path / "old", llms["qwen"])
+    assert hear(ported, its)[1] == hear(model, processor)[1]
+    for file in (tmp_path / "old").glob("tokenizer*"):  # then the old LLM's tokenizer says how the caption was spelled
+        file.unlink()
+    bare = DualSLMForConditionalGeneration.from_pretrained(tmp_path / "old", text_model_id=llms["qwen"])
+    assert bare.config.caption_origin == ported.config.caption_origin
     config = json.loads((tmp_path / "old" / "config.json").read_text())
     (tmp_path / "old" / "config.json").write_text(json.dumps(config | {"text_model_id": str(tmp_path / "gone")}))
+    shutil.copy(f"{folder}/tokenizer.json", tmp_path / "old")
+    shutil.copy(f"{folder}/tokenizer_config.json", tmp_path / "old")
     with pytest.raises(OSError, match="saved without the embedding rows that it hears with"):
         load(tmp_path / "old", llms["qwen"])
+    ported.save_pretrained(tmp_path / "ported")
+    tensors = load_file(tmp_path / "ported" / "model.safetensors")
+    del tensors["paralinguistic_adapter.soft_tokens.keys"]
+    save_file(tensors, tmp_path / "ported" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing keys: paralinguistic_adapter\.soft_tokens\.keys"):
+        DualSLMForConditionalGeneration.from_pretrained(tmp_path / "ported")
 
 
 def test_what_cannot_move_is_refused(source, tiny_backbones, llms, tmp_path):
