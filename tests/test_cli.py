@@ -49,7 +49,7 @@ def test_the_commands_are_the_known_ones():
     assert names == [
         *("backbones", "reply"),
         *corpus,
-        *("align", "train", "evaluate", "calibrate", "push", "benchmark"),
+        *("align", "train", "evaluate", "calibrate", "port", "push", "benchmark"),
     ]
 
 
