@@ -377,7 +377,8 @@ def _with_rate(clip, sampling_rate: int):
     """A clip with the rate that holds where it brings none."""
     if isinstance(clip, tuple):
         return clip
-    return {"sampling_rate": sampling_rate, **(clip if isinstance(clip, dict) else {"audio": clip})}
+    known = clip if isinstance(clip, dict) else {"audio": clip}
+    return {**known, "sampling_rate": known.get("sampling_rate") or sampling_rate}
 
 
 class AudioTextToTextPipeline(AnyToAnyPipeline):

@@ -45,7 +45,8 @@ class SpokenTurn:
         Raises:
             ValueError: an unknown key or source, a source without its text, or not exactly one clip to hear.
         """
-        part = {"audio": part} if not isinstance(part, dict) or "array" in part else part
+        bare = not isinstance(part, dict) or not part.keys().isdisjoint(("array", "raw", "bytes"))
+        part = {"audio": part} if bare else {key: value for key, value in part.items() if not _is_empty(value)}
         unknown = set(part) - _KNOWN
         if unknown:
             raise ValueError(f"unknown keys {sorted(unknown)} in a spoken turn; known are {sorted(_KNOWN)}.")
@@ -70,7 +71,10 @@ class SpokenTurn:
         if turn.hears and turn.num_frames is None:
             given = [part[key] for key in _CLIP if part.get(key) is not None]
             if len(given) != 1:
-                raise ValueError(f"a spoken turn needs one of 'audio', 'path' and 'url', got {len(given)} of them.")
+                cause = "" if given else ": None is what a microphone gives that recorded nothing"
+                raise ValueError(
+                    f"a spoken turn needs one of 'audio', 'path' and 'url', got {len(given)} of them{cause}."
+                )
             turn.clip = given[0]
         return turn
 
@@ -84,3 +88,8 @@ class SpokenTurn:
         """The texts that stand for a branch."""
         sources = (self.paralinguistic, self.linguistic)
         return [str(getattr(self, name)) for name in ("caption", "transcript") if name in sources]
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a value is only what Arrow puts into the fields that a row lacks."""
+    return value is None or (isinstance(value, dict) and len(value) > 0 and all(v is None for v in value.values()))

@@ -1,9 +1,9 @@
 """Checks rows against their audio files: what is missing, damaged or repeated is counted and left out."""
 
 import errno
+import io
 import itertools
 import os
-import subprocess
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import soundfile
 
+from ...audio_dual_slm import load_audio
+from ...decoding_dual_slm import NO_FFMPEG, AudioError, EncodedAudio
 from ..files import atomic
 from .row import Row
 
@@ -38,10 +40,10 @@ def check_rows(
     """Rows whose audio exists and has a readable header, with their `duration`; ids are unique.
 
     Args:
-        report: counts the rows that are left out: missing audio, damaged audio, repeated ids. If none remains, that is
-            an error.
+        report: counts the rows that are left out: missing, empty, damaged or overlong audio, audio that needs ffmpeg
+            where there is none, repeated ids. If none remains, that is an error.
         allow_missing_audio: keep a row without its audio instead, as text.
-        audio_folder: where ffmpeg writes the audio of videos; it stays there.
+        audio_folder: where the audio of videos is written; it stays there. Default: videos are read as they are.
     """
     seen, kept, lost, rows = set(), 0, 0, iter(rows)
     remedy = "kept as text" if allow_missing_audio else "left out (--allow-missing-audio keeps the text)"
@@ -70,41 +72,38 @@ def check_rows(
 
 
 def _inspect(row: Row, audio_folder: Path | None) -> tuple[Row, str | None]:
-    """The row with its duration, and the fault of its audio: missing, damaged or None."""
+    """The row with its duration, and the fault of its audio: missing, a kind of `AudioError` or None."""
     if row.audio is None:
         return row, None
     path = Path(row.audio)
     if not path.is_file():
         return row, "missing"
     try:
-        if path.suffix.lower() in _VIDEO:
+        if path.suffix.lower() in _VIDEO and audio_folder is not None:
             path = _extract_audio(path, audio_folder, row.id)
-        info = soundfile.info(path)
-    except (soundfile.LibsndfileError, subprocess.CalledProcessError):
-        return row, "damaged"
-    if info.frames == 0:
-        return row, "damaged"
-    return row.replace(audio=str(path), duration=info.frames / info.samplerate), None
+        with EncodedAudio(str(path)) as clip:
+            return row.replace(audio=str(path), duration=clip.seconds()), None
+    except AudioError as error:
+        return row, error.kind
 
 
-def _extract_audio(video: Path, folder: Path | None, name: str) -> Path:
+def _extract_audio(video: Path, folder: Path, name: str) -> Path:
     """Audio of a video as 16 kHz mono FLAC in `folder`; an existing file is kept."""
-    if folder is None:
-        raise ValueError(f"{video} is a video: name a folder for its audio.")
     target = folder / f"{name}.flac"
     if target.is_file():
         return target
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-y", "-i", str(video)]
-    command += ["-vn", "-ac", "1", "-ar", "16000", "-f", "flac"]
+    try:
+        samples = load_audio(str(video), target_rate=16_000)
+    except AudioError as error:
+        if error.kind == NO_FFMPEG:
+            raise FileNotFoundError("ffmpeg is missing: `apt-get install ffmpeg` (or brew, conda, winget).") from None
+        raise
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16_000, format="FLAC", subtype="PCM_16")
     with atomic(target) as scratch:
         try:
-            done = subprocess.run([*command, str(scratch)], capture_output=True)
-        except FileNotFoundError:
-            raise FileNotFoundError("ffmpeg is missing: `apt-get install ffmpeg` (or brew, conda, winget).") from None
-        if b"No space left" in done.stderr:
-            raise OSError(errno.ENOSPC, f"{target}: no space left on the disk")
-        # ffmpeg 5 ends with status 0 even if it could not write the end of the file.
-        if b"Error writing trailer" in done.stderr or b"Error closing file" in done.stderr:
-            raise OSError(errno.EIO, f"{target}: {done.stderr.decode(errors='replace').strip()}")
-        done.check_returncode()
+            scratch.write_bytes(buffer.getbuffer())
+        except OSError as error:
+            reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror
+            raise OSError(error.errno, f"{target}: {reason}") from None
     return target
