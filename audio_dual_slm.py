@@ -195,7 +195,8 @@ def _find_scale(samples: np.ndarray, name: str) -> tuple[float, float]:
         return 0, 2**31
     if 0 < peak < 2**7 or peak > 2**31:
         raise ValueError(
-            f"{name}: {samples.dtype} samples peak at {peak:,}, which tells no scale. Divide by full scale (32768 for 16 bit)."
+            f"{name}: {samples.dtype} samples peak at {peak:,}, which tells no scale. Divide by full scale "
+            "(32768 for 16 bit)."
         )
     return 0, 2**15 if peak <= 2**15 else 2**23 if peak <= 2**23 else 2**31
 
@@ -216,7 +217,7 @@ def _mix(clip: EncodedAudio | _ArrayAudio) -> Iterator[np.ndarray]:
 def _weigh_channels(blocks: Iterable[np.ndarray], channels: int, rate: float, name: str) -> np.ndarray:
     """Weights (channels,) of a mix at the level of the loudest channel, without channels that carry no speech.
 
-    Differences over half a millisecond stand for speech: hum, rumble and offsets are small in them. A channel whose
+    Second differences over half a millisecond stand for speech: hum, rumble and offsets are small in them. A channel whose
     loudest tenth of a second is 20 dB below that of the loudest channel is left out. Channels that take turns, as on a
     recorded call, are added; others are averaged.
 
@@ -227,7 +228,8 @@ def _weigh_channels(blocks: Iterable[np.ndarray], channels: int, rate: float, na
     power, loudest, leading = np.zeros((channels, channels)), np.zeros(channels), 0.0
     for block in blocks:
         block = np.nan_to_num(block, posinf=0, neginf=0).astype(np.float64)
-        block = block[lag:] - block[:-lag] if len(block) > lag else block
+        for _ in range(2):
+            block = block[lag:] - block[:-lag] if len(block) > lag else block
         power += block.T @ block
         energies = np.add.reduceat(block**2, range(0, len(block), frame))
         loudest, leading = np.maximum(loudest, energies.max(0)), leading + energies.max(1).sum()

@@ -102,7 +102,7 @@ class EncodedAudio:
         self._size = self._file.seek(0, os.SEEK_END)
         if self._size == 0:
             raise AudioError(f"{self.name} is empty (0 bytes): the recording or the upload failed.", "empty")
-        self._fixes, self._missing = _read_promise(self._file, self._size)
+        self._fixes, self._missing, self._fault = _read_promise(self._file, self._size)
         self._warned, self._refusal, self._started = False, "", None
         self._run, self.frames = self._run_libsndfile, 0
         try:
@@ -137,8 +137,8 @@ class EncodedAudio:
             raise AudioError(f"{self.name}: there are no samples. Leave the turn out, or write it as text.", "empty")
         missing = (self.frames - decoded) / self.rate if decoded < self.frames < UNKNOWN else 0.0
         missing = max(missing, self._missing * decoded / self.rate)
-        if not self._warned and (missing > 0.1 or self._fixes):
-            what = f"{missing:.1f} s are missing" if not self._fixes else "its header says 0 s"
+        if not self._warned and (missing > 0.1 or self._fault):
+            what = self._fault or f"{missing:.1f} s are missing"
             logger.warning(
                 f"{self.name} was cut short: {what}, and the {decoded / self.rate:.1f} s that are there are used."
             )
@@ -307,30 +307,34 @@ class _View(io.RawIOBase):
         return len(data)
 
 
-def _read_promise(file: BinaryIO, size: int) -> tuple[dict[int, bytes], float]:
-    """What a WAV or AIFF header says of its samples, against the bytes that are there.
+def _read_promise(file: BinaryIO, size: int) -> tuple[dict[int, bytes], float, str]:
+    """What a WAV or AIFF header says of its samples, against the bytes that are there; whether an Ogg file has an end.
 
     Returns:
-        The bytes that repair a WAV's header of no samples (a recorder that crashed), and the share of samples that is
-        missing, relative to those that are there.
+        The bytes that repair a WAV's header of no samples (a recorder that crashed); the share of samples that is
+        missing, relative to those that are there; and what is wrong if that is not a number of samples.
     """
     file.seek(0)
     head = file.read(12)
+    if head.startswith(b"OggS"):
+        file.seek(max(0, size - 2**17))
+        _, mark, page = file.read().rpartition(b"OggS")
+        return {}, 0.0, "its last page is missing" if mark and len(page) > 1 and not page[1] & 4 else ""
     order = {b"RIFF": "<", b"RIFX": ">", b"FORM": ">"}.get(head[:4])
     if order is None or head[8:] not in (b"WAVE", b"AIFF", b"AIFC"):
-        return {}, 0.0
+        return {}, 0.0, ""
     place = 12
     for _ in range(1_000):
         file.seek(place)
         head = file.read(8)
         if len(head) < 8:
-            return {}, 0.0
+            return {}, 0.0, ""
         name, promised = struct.unpack(f"{order}4sI", head)
         if name in (b"data", b"SSND"):
             break
         place += 8 + promised + promised % 2
     else:
-        return {}, 0.0
+        return {}, 0.0, ""
     there = size - place - 8
     if (
         name == b"data"
@@ -339,9 +343,9 @@ def _read_promise(file: BinaryIO, size: int) -> tuple[dict[int, bytes], float]:
         and not re.match(rb"LIST|id3 |ID3 |fact|bext|cue ", file.read(4))
     ):
         fixes = {4: struct.pack(f"{order}I", min(size - 8, 2**32 - 1))}
-        return fixes | {place + 4: struct.pack(f"{order}I", min(there, 2**32 - 1))}, 0.0
+        return fixes | {place + 4: struct.pack(f"{order}I", min(there, 2**32 - 1))}, 0.0, "its header says 0 s"
     unknown = promised >= 2**31 - 2**16  # a pipe's header
-    return {}, max(0.0, (promised - there) / there) if there > 0 and not unknown else 0.0
+    return {}, max(0.0, (promised - there) / there) if there > 0 and not unknown else 0.0, ""
 
 
 def _seekable(file: Any, name: str) -> BinaryIO:

@@ -27,7 +27,12 @@ def test_broken_and_missing_audio_is_counted_and_the_rest_survives(tmp_path, cap
     rows = list(check_rows(read(tmp_path, report), report))
     assert [(row.id, row.transcript) for row in rows] == [("good", "good")]
     kinds = {kind.split(",")[0]: (count, Path(report.first[kind]).name) for kind, count in report.items()}
-    assert kinds == {"missing audio": (2, "gone.wav"), "damaged audio": (3, "header.wav"), "repeated id": (1, "good")}
+    assert kinds == {
+        "missing audio": (2, "gone.wav"),
+        "damaged audio": (1, "header.wav"),
+        "empty audio": (2, "empty.wav"),
+        "repeated id": (1, "good"),
+    }
 
     report = Report()
     rows = list(check_rows(read(tmp_path, report), report, allow_missing_audio=True))
