@@ -219,7 +219,7 @@ def _weigh_channels(blocks: Iterable[np.ndarray], channels: int, rate: float, na
 
     Second differences over half a millisecond stand for speech: hum, rumble and offsets are small in them. A channel whose
     loudest tenth of a second is 20 dB below that of the loudest channel is left out. Channels that take turns, as on a
-    recorded call, are added; others are averaged.
+    recorded call, are added; others are averaged. An average that is quiet is weighted by power instead.
 
     Raises:
         ValueError: two channels cancel.
@@ -242,12 +242,11 @@ def _weigh_channels(blocks: Iterable[np.ndarray], channels: int, rate: float, na
             raise ValueError(
                 f"{name}: channels {one + 1} and {other + 1} cancel (opposite phase). Pass one of them, or turn one over."
             )
-    weights = kept / kept.sum()
-    if leading >= 0.9 * np.diag(power)[kept].sum():
+    weights, shares = kept / kept.sum(), kept * np.diag(power)
+    if leading >= 0.9 * shares.sum():
         weights = kept.astype(float)
-    else:
-        gain = levels.max() / math.sqrt(weights @ power @ weights)
-        weights = weights * gain if gain > 1.12 else weights  # 1 dB
+    elif levels.max() > 1.12 * math.sqrt(weights @ power @ weights):  # the average is 1 dB too quiet
+        weights = shares * levels.max() / math.sqrt(shares @ power @ shares)
     return weights.astype(np.float32)
 
 
