@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
+GROUP_CHUNKS = 8  # of a long clip, encoded together: 4 minutes
+
 
 def length_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
     """(A,) -> (A, size), true at real positions."""
@@ -42,15 +44,14 @@ def encode_speech(
     """
     if input_features_mask is None:
         input_features_mask = input_features.new_ones(input_features.shape[0], input_features.shape[-1])
-    parameter = next(tower.parameters())
-    features = input_features.to(parameter.device, parameter.dtype)
-    lengths = input_features_mask.to(parameter.device).sum(-1).long()
-    with torch.no_grad():  # (K, L, T, C)
-        if tower.config.model_type == "whisper":
-            states, lengths = _encode_whisper(tower, features, lengths, real_length, all_layers)
-        else:
-            states, lengths = _encode_waveform(tower, features, lengths, all_layers)
-    counts = [1] * len(lengths) if audio_num_chunks is None else audio_num_chunks.tolist()
+    mel_lengths = input_features_mask.to(next(tower.parameters()).device).sum(-1).long()
+    counts = [1] * len(mel_lengths) if audio_num_chunks is None else audio_num_chunks.tolist()
+    size = GROUP_CHUNKS if max(counts) > GROUP_CHUNKS else len(mel_lengths)
+    parts = [
+        _encode_group(tower, features, lengths, real_length, all_layers)
+        for features, lengths in zip(input_features.split(size), mel_lengths.split(size), strict=True)
+    ]
+    states, lengths = parts[0] if len(parts) == 1 else _stack_groups(parts)
     if sum(counts) != len(lengths):
         raise ValueError(f"audio_num_chunks adds up to {sum(counts)}, but there are {len(lengths)} chunks.")
     if max(counts) > 1:
@@ -59,6 +60,29 @@ def encode_speech(
         states = states[:, :, : int(lengths.max())]
     real = length_mask(lengths, states.shape[2])[:, None, :, None]
     return states.float().masked_fill(~real, 0.0), lengths
+
+
+@torch.no_grad()
+def _encode_group(
+    tower: Any, features: torch.Tensor, lengths: torch.Tensor, real_length: bool, all_layers: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chunks that the encoder reads at once: (K, mel, F) or (K, samples), (K,) -> (K, L, T, C), (K,) encoder frames."""
+    parameter = next(tower.parameters())
+    features = features.to(parameter.device, parameter.dtype)
+    if tower.config.model_type == "whisper":
+        return _encode_whisper(tower, features, lengths, real_length, all_layers)
+    return _encode_waveform(tower, features, lengths, all_layers)
+
+
+def _stack_groups(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The groups as one, padded to the longest chunk. Each group is freed as soon as it is copied."""
+    lengths, first = torch.cat([lengths for _, lengths in parts]), parts[0][0]
+    states, row = first.new_zeros(len(lengths), first.shape[1], int(lengths.max()), first.shape[3]), 0
+    while parts:
+        group, _ = parts.pop(0)
+        states[row : row + len(group), :, : group.shape[2]] = group[:, :, : states.shape[2]]
+        row += len(group)
+    return states, lengths
 
 
 def _encode_whisper(

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from conftest import CONVERSATIONS, make_model, prepare, spoken, tone, typed
-from dual_slm import DualSLMForConditionalGeneration
+from dual_slm import DualSLMForConditionalGeneration, encoder_dual_slm
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -226,3 +226,13 @@ def test_a_device_map_is_told_to_pipelines_and_trainers(tiny_backbones):
     single.language_model.hf_device_map = {"": 0}
     single.attach_backbones(single.audio_tower, single.language_model)
     assert not hasattr(single, "hf_device_map")
+
+
+def test_a_long_clip_is_encoded_in_groups_of_chunks_with_the_same_result(tiny, monkeypatch):
+    model, processor = tiny
+    features = processor.extract_features([tone(100.0), tone(3.0, 1)])
+    together, lengths = model.encode_audio(**features)
+    monkeypatch.setattr(encoder_dual_slm, "GROUP_CHUNKS", 3)  # 4 + 1 chunks
+    grouped, again = model.encode_audio(**features)
+    assert torch.equal(again, lengths)
+    torch.testing.assert_close(grouped, together, atol=1e-5, rtol=1e-4)

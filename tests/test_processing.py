@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from transformers import AutoProcessor
 
@@ -138,3 +139,60 @@ def test_a_rate_beside_a_chat_is_that_of_its_arrays(tiny):
         assert torch.equal(found["input_features"], wanted["input_features"])
     with pytest.raises(ValueError, match="is not cut"):
         prepare(processor, chat, truncation=True, max_length=10)
+
+
+ARROW = {  # as `datasets` fills parts that lack a field of another part
+    "text": None,
+    "url": None,
+    "caption": None,
+    "transcript": None,
+    "sampling_rate": None,
+    "paralinguistic": None,
+    "linguistic": None,
+}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"audio": tone(1.0), **ARROW},
+        {"audio": {"bytes": None, "path": None, "array": tone(1.0), "sampling_rate": None}, **ARROW},
+        {"audio": (16_000, tone(1.0)), "path": None},
+        {"audio": tone(1.0), "sampling_rate": 16_000, "path": {"bytes": None, "path": None}},
+    ],
+)
+def test_parts_that_arrow_filled_with_none(tiny, part):
+    _, processor = tiny
+    wanted = prepare(processor, turn(tone(1.0)))
+    chat = [{"role": "user", "content": [{"type": "audio", **part}]}]
+    found = prepare(processor, chat)
+    assert torch.equal(found["input_features"], wanted["input_features"])
+    assert torch.equal(found["input_ids"], wanted["input_ids"])
+    chat[0]["content"].append(
+        {"type": "text", "text": "why", "audio": {"bytes": None, "path": None}, **ARROW | {"text": "why"}}
+    )
+    assert "why" in processor.apply_chat_template(chat)
+
+
+def test_bare_clips_of_datasets_and_a_microphone_that_recorded_nothing(tiny, tmp_path):
+    _, processor = tiny
+    soundfile.write(tmp_path / "a.wav", tone(1.0), 16_000, subtype="FLOAT")
+    wanted = processor(text="<|audio|>", audio=tone(1.0))["input_features"]
+    encoded = (tmp_path / "a.wav").read_bytes()
+    for clip in ({"bytes": encoded, "path": None}, {"bytes": None, "path": str(tmp_path / "a.wav")}, encoded):
+        assert torch.equal(processor(text="<|audio|>", audio=[clip])["input_features"], wanted)
+    low = {"array": tone(1.0)[::2], "sampling_rate": None}
+    assert processor(text="<|audio|>", audio=[low], sampling_rate=8_000)["input_features"].shape == wanted.shape
+    for nothing in (None, {"type": "audio", "audio": None}):
+        with pytest.raises(ValueError, match="got 0 of them: None is what a microphone gives that recorded nothing"):
+            processor(text="<|audio|>", audio=[nothing])
+
+
+def test_long_clips_need_no_second_copy_of_their_features(paper):
+    """Each chunk's features are the chunk's own, whatever the clip they are in."""
+    _, processor = paper
+    clip = tone(70.0)
+    whole = processor.extract_features([clip])["input_features"]
+    for row, start in enumerate(range(0, len(clip), 480_000)):
+        alone = processor.extract_features([clip[start : start + 480_000]])["input_features"][0]
+        assert torch.equal(whole[row, :, : alone.shape[1]], alone)
