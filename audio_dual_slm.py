@@ -89,8 +89,8 @@ class _ArrayAudio:
             yield (block - self._middle) / self._scale if self._scale != 1 else block
 
 
-def _open(audio: Any, rate: Any, target_rate: int, max_seconds: float) -> EncodedAudio | _ArrayAudio:
-    """What holds the samples: encoded audio, or an array with its rate."""
+def _unwrap(audio: Any, rate: Any, max_seconds: float) -> tuple[Any, Any, str | None]:
+    """What dicts, pairs and decoders hold: samples or encoded audio, its rate and its name."""
     name = None
     if isinstance(audio, dict):
         known = {key: value for key, value in audio.items() if value is not None}
@@ -103,14 +103,20 @@ def _open(audio: Any, rate: Any, target_rate: int, max_seconds: float) -> Encode
             )
         audio, rate = known[found], known.get("sampling_rate", rate)
     elif isinstance(audio, (tuple, list)) and len(audio) == 2 and sum(_is_rate(item) for item in audio) == 1:
-        audio, rate = audio if _is_rate(audio[1]) else reversed(audio)
+        return *(audio if _is_rate(audio[1]) else audio[::-1]), None  # pyright: ignore
     if hasattr(audio, "get_all_samples"):  # torchcodec's AudioDecoder, which `datasets` gives
         seconds = getattr(getattr(audio, "metadata", None), "duration_seconds", None) or 0
         if seconds > max_seconds:
             raise AudioError(f"the audio lasts {seconds:,.0f} s; at most {max_seconds:,.0f} s are read.", "overlong")
-        audio = audio.get_all_samples()
+        audio = audio.get_all_samples()  # pyright: ignore
     if hasattr(audio, "sample_rate") and hasattr(audio, "data"):  # its AudioSamples
-        audio, rate = audio.data, audio.sample_rate
+        audio, rate = audio.data, audio.sample_rate  # pyright: ignore
+    return audio, rate, name
+
+
+def _open(audio: Any, rate: Any, target_rate: int, max_seconds: float) -> EncodedAudio | _ArrayAudio:
+    """What holds the samples: encoded audio, or an array with its rate."""
+    audio, rate, name = _unwrap(audio, rate, max_seconds)
     if audio is None:
         raise ValueError("there is no audio (None): the microphone recorded nothing. Leave the turn out, or type it.")
     if isinstance(audio, os.PathLike):

@@ -106,7 +106,7 @@ class EncodedAudio:
         self._warned, self._refusal, self._started = False, "", None
         self._run, self.frames = self._run_libsndfile, 0
         try:
-            with soundfile.SoundFile(_View(self._file, self._fixes)) as opened:
+            with soundfile.SoundFile(self._view()) as opened:
                 self.rate, self.channels, self.frames = opened.samplerate, opened.channels, opened.frames
         except soundfile.LibsndfileError as error:
             self._refusal, self._run = error.error_string.strip().rstrip("."), self._run_ffmpeg
@@ -186,12 +186,15 @@ class EncodedAudio:
                 "overlong",
             )
 
+    def _view(self) -> Any:
+        return _View(self._file, self._fixes)
+
     # ---- decoders --------------------------------------------------------------------------------------------------
 
     def _run_libsndfile(self) -> Iterator[np.ndarray]:
         assert soundfile is not None
         size = max(1, BLOCK_VALUES // self.channels // _STEP) * _STEP
-        with soundfile.SoundFile(_View(self._file, self._fixes)) as opened:
+        with soundfile.SoundFile(self._view()) as opened:
             going = True
             while going:
                 block, filled = np.empty((size, self.channels), np.float32), 0
@@ -348,7 +351,7 @@ def _read_promise(file: BinaryIO, size: int) -> tuple[dict[int, bytes], float, s
     return {}, max(0.0, (promised - there) / there) if there > 0 and not unknown else 0.0, ""
 
 
-def _seekable(file: Any, name: str) -> BinaryIO:
+def _seekable(file: Any, name: str) -> Any:
     """An open file, or a temporary copy of what a pipe, a response or an asynchronous upload's file gives."""
     inner = getattr(file, "file", None)  # of an upload (FastAPI), whose own methods are coroutines
     if hasattr(inner, "read") and not isinstance(file, io.IOBase):

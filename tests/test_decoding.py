@@ -18,6 +18,7 @@ import sys
 import urllib.parse
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,8 @@ CLIP = tone(SECONDS)
 
 def encode(samples: np.ndarray = CLIP, rate: int = 16_000, **options) -> bytes:
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, **({"format": "WAV"} | options))
+    keywords: dict[str, Any] = {"format": "WAV"} | options
+    soundfile.write(buffer, samples, rate, **keywords)
     return buffer.getvalue()
 
 
