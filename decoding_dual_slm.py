@@ -195,6 +195,7 @@ class EncodedAudio:
         assert soundfile is not None
         size = max(1, BLOCK_VALUES // self.channels // _STEP) * _STEP
         with soundfile.SoundFile(self._view()) as opened:
+            opened.seekable = lambda: False  # else it seeks after each read, which disturbs the decoder of MP3
             going = True
             while going:
                 block, filled = np.empty((size, self.channels), np.float32), 0
