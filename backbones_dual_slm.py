@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
@@ -122,11 +123,12 @@ class BackboneSource:
 
 
 def load_backbones(
-    audio: BackboneSource, text: BackboneSource, options: dict
+    audio: BackboneSource, text: BackboneSource, options: dict, ears_only: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedConfig]:
     """Loads both backbones by their own `from_pretrained`.
 
     Args:
+        ears_only: of the LLM, load the embedding matrix alone.
         options: `dtype`, `device_map`, `quantization_config`, `attn_implementation` and Hub options; `None` is left out.
 
     Returns:
@@ -135,7 +137,8 @@ def load_backbones(
     options = {name: value for name, value in options.items() if value is not None} | {"use_safetensors": True}
     with name_in_errors(text.model_id):
         source = resolve_backbone(text.model_id)
-        language_model = AutoModelForCausalLM.from_pretrained(source, revision=text.revision, **options)
+        load = _load_embeddings if ears_only else AutoModelForCausalLM.from_pretrained
+        language_model = load(source, revision=text.revision, **options)
     options.pop("quantization_config", None)  # the encoder is small, and the adapters know its exact features
     place = language_model.get_input_embeddings().weight.device
     if isinstance(options.get("device_map"), str) and place.type != "meta":
@@ -144,6 +147,24 @@ def load_backbones(
         model = AutoModel.from_pretrained(resolve_backbone(audio.model_id), revision=audio.revision, **options)
     audio_tower = model.get_encoder() if model.config.is_encoder_decoder else model
     return audio_tower, language_model, model.config
+
+
+def _load_embeddings(source: str, **options) -> PreTrainedModel:
+    """An LLM without layers and head, so that transformers reads its embedding matrix alone."""
+    hub_kwargs = {name: options[name] for name in (*HUB_OPTIONS, "revision") if name in options}
+    config = AutoConfig.from_pretrained(source, **hub_kwargs).get_text_config(decoder=True)
+    config.num_hidden_layers = 0
+    if getattr(config, "layer_types", None):
+        config.layer_types = []
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    options.pop("quantization_config", None)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list every weight that is not read
+    try:
+        return AutoModel.from_pretrained(source, config=config, **options)
+    finally:
+        logging.set_verbosity(level)
 
 
 def refuse_other_backbone(config: PreTrainedConfig, side: str, hub_kwargs: dict) -> None:

@@ -10,7 +10,7 @@ from .templates_dual_slm import fit_messages
 from .turns_dual_slm import AUDIO_MARK
 
 
-class _StopOnEvent(StoppingCriteria):
+class StopOnEvent(StoppingCriteria):
     """Ends generation once nobody reads it any more."""
 
     def __init__(self, left: Event):
@@ -76,7 +76,7 @@ class DualSLMConversation:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
         left = Event()
-        criteria = [*((self.generation | generation).get("stopping_criteria") or []), _StopOnEvent(left)]
+        criteria = [*((self.generation | generation).get("stopping_criteria") or []), StopOnEvent(left)]
         turn = self._hear(audio, text)
 
         def run() -> None:

@@ -246,6 +246,7 @@ class DualSLMPreTrainedModel(PreTrainedModel):
         quantization_config=None,
         attn_implementation=None,
         output_loading_info: bool = False,
+        ears_only: bool = False,
         **kwargs,
     ):
         """Loads the adapters, then the backbones that the config names, and checks both.
@@ -256,6 +257,7 @@ class DualSLMPreTrainedModel(PreTrainedModel):
             audio_model_id, text_model_id: load the same backbones from elsewhere. Where `text_model_id` names an LLM with
                 another fingerprint, the adapters are ported: caption and lexicon are spelled in its tokens, what is
                 bound to the old LLM is dropped, and a warning says so. Load the processor with the same `text_model_id`.
+            ears_only: of the LLM, load the embedding matrix alone. Such a model hears, and does not generate.
 
         Raises:
             ValueError: keys are missing, unexpected or of another shape, a backbone is not the one trained with, or
@@ -296,10 +298,12 @@ class DualSLMPreTrainedModel(PreTrainedModel):
         options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         options |= {"quantization_config": quantization_config, **placing, **hub_kwargs}
         sources = [BackboneSource.of(config, side) for side in SIDES]
-        audio_tower, language_model, _ = load_backbones(sources[0], sources[1], options)
+        audio_tower, language_model, _ = load_backbones(sources[0], sources[1], options, ears_only)
         for side in SIDES:
             refuse_other_backbone(config, side, hub_kwargs)
-        generation_config = (model if port is None else language_model).generation_config
+        generation_config = (model if port is None or ears_only else language_model).generation_config
+        if ears_only:
+            config.lora_config = None  # it is of the layers
         model.attach_backbones(audio_tower, language_model)
         if config.lora_config is not None:
             load_lora(model, name, hub_kwargs | places)

@@ -47,7 +47,7 @@ def test_the_commands_are_the_known_ones():
     names = [parser.prog.removeprefix("dual-slm ") for parser in reference._leaves(build_parser())]
     corpus = [f"corpus {name}" for name in ("build", "read", "folds", "label", "stats", "overlap", "show")]
     assert names == [
-        *("backbones", "reply"),
+        *("backbones", "reply", "hear", "serve"),
         *corpus,
         *("align", "train", "evaluate", "calibrate", "port", "push", "benchmark"),
     ]
@@ -131,7 +131,7 @@ def test_a_missing_package_is_told_with_its_cure(monkeypatch, capsys):
 
     monkeypatch.setattr("dual_slm.training.commands.reply.load", load)
     assert main(["reply", str(DEMO_CLIP)]) == 1
-    assert "pip install -e '.[train,eval]'" in capsys.readouterr().err
+    assert "pip install -e '.[train,eval,serve]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

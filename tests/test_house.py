@@ -31,7 +31,7 @@ FLOORS = (
     ("dataset", "trainer", "provenance"),
     ("build", "data", "stages", "plan"),
     ("run",),
-    ("evaluation", "benchmark", "released"),
+    ("evaluation", "serving", "benchmark", "released"),
     ("commands",),
     ("cli",),
     ("reference", "examples"),

@@ -55,7 +55,7 @@ def test_a_wheel_holds_the_assets_and_the_recipes(packed):
 
 def test_few_packages_are_needed_to_run(options):
     assert len(lines(options["options"]["install_requires"])) <= 6
-    assert set(options["options.extras_require"]) == {"train", "eval", "4bit", "dev"}
+    assert set(options["options.extras_require"]) == {"train", "eval", "serve", "4bit", "dev"}
 
 
 def test_every_package_that_is_imported_is_declared(options):

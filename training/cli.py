@@ -5,10 +5,10 @@ import os
 import sys
 
 from .allocator import keep_memory
-from .commands import align, backbones, benchmark, calibrate, corpus, evaluate, port, push, reply, train
+from .commands import align, backbones, benchmark, calibrate, corpus, evaluate, hear, port, push, reply, serve, train
 from .commands.common import fit_dtype
 
-COMMANDS = (backbones, reply, corpus, align, train, evaluate, calibrate, port, push, benchmark)
+COMMANDS = (backbones, reply, hear, serve, corpus, align, train, evaluate, calibrate, port, push, benchmark)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 def _one_line(error: Exception) -> str:
     """The message of an error, without line breaks."""
     if isinstance(error, ModuleNotFoundError):
-        return f"{error}: pip install -e '.[train,eval]' in a checkout of the repository"
+        return f"{error}: pip install -e '.[train,eval,serve]' in a checkout of the repository"
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(text).split()) or type(error).__name__
 

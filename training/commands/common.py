@@ -46,6 +46,28 @@ def select(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
+def check_files(files: list[str]) -> None:
+    """Refuses names that are neither files nor URLs."""
+    for file in files:
+        if not Path(file).is_file() and "://" not in file:
+            raise FileNotFoundError(f"{file}: no such file.")
+
+
+def best_labels(attributes: dict[str, dict[str, float]] | None) -> dict[str, str]:
+    """The most probable label of each attribute."""
+    return {name: max(labels, key=lambda label: labels[label]) for name, labels in (attributes or {}).items()}
+
+
+def show_heard(file: str, words: str | None, attributes: dict[str, dict[str, float]] | None) -> None:
+    """Prints what was heard in a file, for people."""
+    print(f"\nfile        {file}")
+    if words is not None:
+        print(f"heard       {words or '(nothing)'}")
+    if attributes is not None:
+        best = best_labels(attributes)
+        print("attributes  " + ", ".join(f"{n} {v} ({attributes[n][v]:.0%})" for n, v in best.items()))
+
+
 def default_checkpoint() -> str:
     """`model_cards/dual-slm-smollm2-135m` of this checkout, else of the working folder."""
     for root in (Path(__file__).parents[2], Path.cwd()):
@@ -65,13 +87,13 @@ def fit_dtype(args: argparse.Namespace) -> None:
         args.dtype = fast_dtype(args.dtype, sys.stderr)
 
 
-def load(args: argparse.Namespace) -> "tuple[DualSLMForConditionalGeneration, DualSLMProcessor]":
+def load(args: argparse.Namespace, **more: Any) -> "tuple[DualSLMForConditionalGeneration, DualSLMProcessor]":
     """Model and processor of the checkpoint that `add_checkpoint_arguments` names."""
     options = select(args, "dtype", "device", "revision", "trust_remote_code")
     given = {
         name: place for name, place in select(args, "audio_model_id", "text_model_id").items() if place is not None
     }
-    return load_checkpoint(args.model or default_checkpoint(), **options, **given)
+    return load_checkpoint(args.model or default_checkpoint(), **options, **given, **more)
 
 
 def check_checkpoint_name(name: str) -> None:
@@ -81,9 +103,9 @@ def check_checkpoint_name(name: str) -> None:
 
 
 def load_checkpoint(
-    name: str, dtype="auto", device="cpu", revision: str | None = None, trust_remote_code=False, **backbones: str
+    name: str, dtype="auto", device="cpu", revision: str | None = None, trust_remote_code=False, **more: Any
 ) -> "tuple[DualSLMForConditionalGeneration, DualSLMProcessor]":
-    """Model and processor of the checkpoint `name`, a folder or a Hub id.
+    """Model and processor of the checkpoint `name`, a folder or a Hub id; `more` is for the model's `from_pretrained`.
 
     Raises:
         FileNotFoundError: it is neither.
@@ -101,7 +123,7 @@ def load_checkpoint(
         raise ValueError(f"--device {device}: this machine has no CUDA device; use --device cpu.")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with name_in_errors(name):
-        processor = AutoProcessor.from_pretrained(name, text_model_id=backbones.get("text_model_id"), **options)
-    options |= {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)} | backbones
+        processor = AutoProcessor.from_pretrained(name, text_model_id=more.get("text_model_id"), **options)
+    options |= {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)} | more
     options["device_map"] = None if device == "cpu" else {"": device}
     return AutoModelForMultimodalLM.from_pretrained(name, **options), processor

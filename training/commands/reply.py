@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import add_checkpoint_arguments, add_command, load
+from .common import add_checkpoint_arguments, add_command, best_labels, check_files, load, show_heard
 
 if TYPE_CHECKING:
     from ...conversation_dual_slm import DualSLMConversation
@@ -30,9 +30,7 @@ def register(subparsers) -> None:
 def reply(args: argparse.Namespace) -> None:
     """Print the words and the voice attributes heard in each file, and the reply. Several files are turns of one
     conversation."""
-    for file in args.files:
-        if not Path(file).is_file() and "://" not in file:
-            raise FileNotFoundError(f"{file}: no such file.")
+    check_files(args.files)
     model, processor = load(args)
     if args.hotwords:
         processor.set_hotwords(model, args.hotwords)
@@ -83,7 +81,7 @@ def _turn(conversation: "DualSLMConversation", args: argparse.Namespace, audio: 
     start = time.perf_counter()
     if args.json:
         turn = conversation.say(audio=audio, text=text)
-        result = {"file": audio, "heard": turn["heard"], "attributes": _best(turn["attributes"]) or None}
+        result = {"file": audio, "heard": turn["heard"], "attributes": best_labels(turn["attributes"]) or None}
         result |= {"probabilities": turn["attributes"], "reply": turn["reply"]}
         print(json.dumps(result | {"seconds": round(time.perf_counter() - start, 3)}))
         return
@@ -91,18 +89,8 @@ def _turn(conversation: "DualSLMConversation", args: argparse.Namespace, audio: 
     first = next(chunks, "")
     turn = conversation.current_turn or {}
     if audio is not None:
-        print(f"\nfile        {audio}")
-        if turn["heard"] is not None:
-            print(f"heard       {turn['heard'] or '(nothing)'}")
-        if turn["attributes"] is not None:
-            best = _best(turn["attributes"])
-            print("attributes  " + ", ".join(f"{n} {v} ({turn['attributes'][n][v]:.0%})" for n, v in best.items()))
+        show_heard(audio, turn["heard"], turn["attributes"])
     print(f"reply       {first}", end="", flush=True)
     for chunk in chunks:
         print(chunk, end="", flush=True)
     print(f"\nseconds     {time.perf_counter() - start:.2f}", flush=True)
-
-
-def _best(attributes: dict[str, dict[str, float]] | None) -> dict[str, str]:
-    """The most probable label of each attribute."""
-    return {name: max(labels, key=lambda label: labels[label]) for name, labels in (attributes or {}).items()}
