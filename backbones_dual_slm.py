@@ -157,7 +157,7 @@ def _load_embeddings(source: str, **options) -> PreTrainedModel:
     if getattr(config, "layer_types", None):
         config.layer_types = []
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        del config.quantization_config  # pyright: ignore
     options.pop("quantization_config", None)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list every weight that is not read

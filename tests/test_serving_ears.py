@@ -9,7 +9,9 @@ import torch
 from conftest import make_model, tone
 from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
 from dual_slm.training.serving.ears import Ears, Heard
-from serving_fixtures import serving_model, wait_for, wav  # noqa: F401
+from served import wav
+
+pytest_plugins = ["serving_fixtures"]
 
 
 @pytest.fixture(scope="module")

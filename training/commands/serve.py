@@ -32,7 +32,9 @@ def serve(args: argparse.Namespace) -> None:
 
     With `--llm URL --as text` the checkpoint only hears, and its own LLM is not loaded."""
     if (args.llm is None) != (args.form is None):
-        raise ValueError("--llm URL and --as text belong together: the one says which LLM answers, the other what it gets.")
+        raise ValueError(
+            "--llm URL and --as text belong together: the one says which LLM answers, the other what it gets."
+        )
     import uvicorn
 
     from ..serving.ears import Ears

@@ -52,8 +52,9 @@ class Heard:
         found = self.features
         parts = [found.paralinguistic_embeds, found.linguistic_embeds]
         embeds = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts if part is not None])
-        words: list[Any] = [] if found.linguistic_token_ids is None else found.linguistic_token_ids.tolist()
-        return embeds, [None] * (len(embeds) - len(words)) + words
+        none: list[int | None] = [None]
+        words = [] if found.linguistic_token_ids is None else found.linguistic_token_ids.tolist()
+        return embeds, none * (len(embeds) - len(words)) + words
 
     def labels(self) -> dict[str, str]:
         """The most probable label of each attribute, or "unsure"."""

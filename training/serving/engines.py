@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
@@ -32,7 +32,7 @@ class Finish:
 class Engine(Protocol):
     """Answers conversations."""
 
-    def stream(self, turns: list[Turn], request: ChatRequest) -> AsyncIterator[str | Finish]:
+    def stream(self, turns: list[Turn], request: ChatRequest) -> AsyncGenerator[str | Finish, None]:
         """The reply piece by piece, then its [`Finish`]. Who closes the iterator stops the generation."""
         ...
 
@@ -55,7 +55,7 @@ class TransformersEngine:
     async def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    async def stream(self, turns: list[Turn], request: ChatRequest) -> AsyncIterator[str | Finish]:
+    async def stream(self, turns: list[Turn], request: ChatRequest) -> AsyncGenerator[str | Finish, None]:
         loop, left = asyncio.get_running_loop(), Event()
         pieces: asyncio.Queue[str | Future[Finish]] = asyncio.Queue()
 
@@ -102,8 +102,8 @@ class TransformersEngine:
                     features.append(part.heard.select(**part.branches))
             messages.append({"role": turn.role, "content": content})
         options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-        prompt = self.processor.apply_chat_template(messages, **options)["input_ids"]
-        prompt = prompt.to(self.model.get_input_embeddings().weight.device)
+        inputs: Any = self.processor.apply_chat_template(messages, **options)
+        prompt = inputs["input_ids"].to(self.model.get_input_embeddings().weight.device)
         return prompt, DualSLMAudioFeatures.concatenate(features) if features else None
 
     def _generate(
@@ -114,9 +114,7 @@ class TransformersEngine:
         writer: "_Writer",
         left: Event,
     ) -> Finish:
-        size = prompt.shape[1]
-        if features is not None and features.linguistic_placeholders is not None:  # character CTC needs fewer
-            size -= int(features.linguistic_placeholders.sum() - features.linguistic_lengths.sum())
+        size = prompt.shape[1] - _count_unused(features)
         limit = self.model.config.get_text_config().max_position_embeddings
         longest = request.longest or min(DEFAULT_LENGTH, max(limit - size, 1))
         if size + longest > limit:
@@ -140,6 +138,12 @@ class TransformersEngine:
         ended = int(output[0, -1]) in (ends if isinstance(ends, list) else [ends])
         count = output.shape[1] - prompt.shape[1]
         return Finish("length" if count == longest and not ended else "stop", size, count)
+
+
+def _count_unused(features: DualSLMAudioFeatures | None) -> int:
+    """Placeholders that character CTC leaves empty."""
+    slots, used = (features.linguistic_placeholders, features.linguistic_lengths) if features else (None, None)
+    return 0 if slots is None or used is None else int(slots.sum() - used.sum())
 
 
 def _sampling(request: ChatRequest) -> dict[str, Any]:
@@ -238,7 +242,7 @@ class TextEngine:
     async def close(self) -> None:
         await self.client.close()
 
-    async def stream(self, turns: list[Turn], request: ChatRequest) -> AsyncIterator[str | Finish]:
+    async def stream(self, turns: list[Turn], request: ChatRequest) -> AsyncGenerator[str | Finish, None]:
         import openai
 
         messages: Any = [{"role": turn.role, "content": _as_text(turn)} for turn in turns]

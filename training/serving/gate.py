@@ -143,7 +143,9 @@ class Gate:
             late = limit.cancelled_caught
             group.cancel_scope.cancel()
         if late:
-            error = Refused(f"the request took longer than {self.seconds:g} s. Send a shorter one, or try again later.", 504)
+            error = Refused(
+                f"the request took longer than {self.seconds:g} s. Send a shorter one, or try again later.", 504
+            )
             if status() == 499:
                 await error_response(error)(scope, receive, send)
             else:

@@ -131,7 +131,9 @@ async def read_messages(messages: list[Message], policy: Policy, ears: Ears) -> 
         ("characters", sum(len(text) for part in parts for text in _texts(part)), policy.max_characters),
     ):
         if count > limit:
-            raise Refused(f"the conversation has {count:,} {name}, at most {limit:,} are taken. Leave out its first turns.")
+            raise Refused(
+                f"the conversation has {count:,} {name}, at most {limit:,} are taken. Leave out its first turns."
+            )
     if any(message.role != "user" and not isinstance(p, TextPart) for message in messages for p in message.content):
         raise Refused("audio stands in a message that is not the user's. Write what others say as text.")
     if not any(message.role == "user" for message in messages):

@@ -8,6 +8,7 @@ import ipaddress
 import socket
 import ssl
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
@@ -70,13 +71,13 @@ class Policy:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise Refused(f"a text has the lone surrogate {ascii(text[error.start])}: send valid Unicode.") from None
+            raise Refused(f"a text has the lone surrogate {text[error.start]!a}: send valid Unicode.") from None
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         found = special.intersection(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
         if found or AUDIO_MARK in text:
             names = sorted(tokenizer.convert_ids_to_tokens(sorted(found))) or [AUDIO_MARK]
             raise Refused(
-                f"a text holds {ascii(names[0])}, which is reserved for the chat template. Leave it out, or write it with "
+                f"a text holds {names[0]!a}, which is reserved for the chat template. Leave it out, or write it with "
                 "a space inside."
             )
 
@@ -92,7 +93,8 @@ class Policy:
         except (binascii.Error, ValueError):
             shown = ascii(data[:40])
             raise Refused(
-                f"the audio {shown} is no base64. Send the bytes of a WAV, FLAC, Ogg or MP3 file in base64; file names are not read."
+                f"the audio {shown} is no base64. Send the bytes of a WAV, FLAC, Ogg or MP3 file in base64; file names are "
+                "not read."
             ) from None
 
     def read_url(self, url: str) -> bytes:
@@ -105,7 +107,7 @@ class Policy:
         if scheme == "data":
             head, comma, data = url.partition(",")
             if not comma:
-                raise Refused(f"the data URI {ascii(url[:40])} has no comma. Write data:audio/wav;base64,DATA.")
+                raise Refused(f"the data URI {url[:40]!a} has no comma. Write data:audio/wav;base64,DATA.")
             if head.endswith(";base64"):
                 return self.read_base64(data)
             if len(data) > 3 * self.max_bytes:
@@ -113,7 +115,7 @@ class Policy:
             return unquote_to_bytes(data)
         if scheme not in ("http", "https"):
             raise Refused(
-                f"the URL {ascii(url[:80])} is neither a data URI nor http(s): files of the server are not read. Send the "
+                f"the URL {url[:80]!a} is neither a data URI nor http(s): files of the server are not read. Send the "
                 "clip as input_audio."
             )
         return self._fetch(url)
@@ -123,20 +125,24 @@ class Policy:
         return Refused(text, 413)
 
     def _fetch(self, url: str) -> bytes:
-        connections: list[http.client.HTTPConnection] = []
+        asked = url
+        opened: list[tuple[http.client.HTTPConnection, socket.socket]] = []
 
         def stop() -> None:  # whatever the other side does, the time is over
             late.set()
-            for connection in connections:
-                if connection.sock is not None:
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+            for _, connected in opened:
+                with suppress(OSError):  # it has hung up
+                    socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
         late, timer = threading.Event(), threading.Timer(self.fetch_seconds, stop)
         timer.start()
         try:
             for _ in range(REDIRECTS + 1):
                 connection = self._connect(url)
-                connections.append(connection)
+                connection.connect()
+                opened.append((connection, connection.sock))  # which the connection forgets once it has the response
+                if late.is_set():
+                    break
                 parts = urlsplit(url)
                 target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
                 connection.request("GET", target, headers={"User-Agent": "dual-slm", "Accept-Encoding": "identity"})
@@ -150,14 +156,16 @@ class Policy:
                 if response.status == 200 and not late.is_set():
                     return data
                 break
-        except (OSError, http.client.HTTPException, UnicodeError):
+        except Refused:
+            raise
+        except (OSError, http.client.HTTPException, ValueError):
             pass  # one answer for all that fails, so that nobody learns what is there
         finally:
             timer.cancel()
-            for connection in connections:
+            for connection, _ in opened:
                 connection.close()
         raise Refused(
-            f"the audio at {ascii(url[:80])} could not be fetched in {self.fetch_seconds:g} s and {REDIRECTS} redirects. "
+            f"the audio at {asked[:80]!a} could not be fetched in {self.fetch_seconds:g} s and {REDIRECTS} redirects. "
             "Send the clip as input_audio."
         )
 
@@ -170,13 +178,13 @@ class Policy:
             host = port = None
         if not host or parts.scheme not in ("http", "https") or host not in self.hosts:
             raise Refused(
-                f"audio is not fetched from {ascii(host or url[:80])}. Send the clip as input_audio, or ask the server's "
+                f"audio is not fetched from {host or url[:80]!a}. Send the clip as input_audio, or ask the server's "
                 "owner to allow that host (--allow-host).",
                 403,
             )
         addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
         if not all(ipaddress.ip_address(a).is_global or a in self.hosts for a in addresses):
-            raise Refused(f"the host {ascii(host)} has a private address, from which nothing is fetched.", 403)
+            raise Refused(f"the host {host!a} has a private address, from which nothing is fetched.", 403)
         address, seconds = min(addresses), self.fetch_seconds
         if parts.scheme == "https":
             context = ssl.create_default_context()

@@ -3,7 +3,7 @@
 import reprlib
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -44,17 +44,17 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
-            text = f"the model {ascii(name)} is not served here. Ask for {self.name!r}, which /v1/models lists."
+            text = f"the model {name!a} is not served here. Ask for {self.name!r}, which /v1/models lists."
             raise Refused(text, 404, code="model_not_found", param="model")
 
     async def hear(self, file: UploadFile) -> Heard:
         """What is heard in an uploaded file."""
         return await hear_clip(await file.read(), self.policy, self.ears)
 
-    async def reply(self, request: ChatRequest) -> AsyncIterator[str | Finish]:
+    async def reply(self, request: ChatRequest) -> AsyncGenerator[str | Finish, None]:
         """A reply by the engine, counted."""
         turns = await read_messages(request.messages, self.policy, self.ears)
-        async with aclosing(self.engine.stream(turns, request)) as pieces:  # pyright: ignore
+        async with aclosing(self.engine.stream(turns, request)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Finish):
                     self.metrics.add("prompt_tokens_total", piece.prompt_tokens)
@@ -156,7 +156,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
 
 
 async def _events(
-    first: str | Finish, pieces: AsyncIterator[str | Finish], named: dict[str, Any], with_usage: bool
+    first: str | Finish, pieces: AsyncGenerator[str | Finish, None], named: dict[str, Any], with_usage: bool
 ) -> AsyncIterator[str]:
     """A reply as server-sent events. An error after the first piece is the last event."""
 
@@ -164,12 +164,12 @@ async def _events(
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         return event(named | {"choices": [choice]})
 
-    async def all_pieces() -> AsyncIterator[str | Finish]:
+    async def all_pieces() -> AsyncGenerator[str | Finish, None]:
         yield first
         async for piece in pieces:
             yield piece
 
-    async with aclosing(pieces):  # pyright: ignore
+    async with aclosing(pieces):
         yield chunk({"role": "assistant", "content": ""})
         try:
             async for piece in all_pieces():
@@ -200,7 +200,7 @@ FAILED = "the server failed, and has written down why. Send the request again, o
 async def _http_error(request: Request, error: Any) -> JSONResponse:
     message = str(error.detail)
     if error.status_code in (404, 405):
-        message = f"{request.method} {ascii(request.url.path)} is no route of this server. /v1/chat/completions is one."
+        message = f"{request.method} {request.url.path!a} is no route of this server. /v1/chat/completions is one."
     return JSONResponse(error_body(message, error.status_code), error.status_code, error.headers)
 
 
@@ -208,7 +208,8 @@ async def _invalid(_: Request, error: Any) -> JSONResponse:
     """The first fault of a body: its place, what is wrong, and the value."""
     fault = error.errors()[0]
     place = ".".join(str(part)[:40] for part in fault["loc"][1:])
-    message = f"{place or 'the body'}: {fault['msg'][:200]}, got {reprlib.repr(fault.get('input'))}. Correct it, or leave it out."
+    value = reprlib.repr(fault.get("input"))
+    message = f"{place or 'the body'}: {fault['msg'][:200]}, got {value}. Correct it, or leave it out."
     message = message.encode("ascii", "backslashreplace").decode()
     return JSONResponse(error_body(message, 400, param=ascii(place)[1:-1] or None), 400)
 
