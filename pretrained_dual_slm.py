@@ -302,10 +302,12 @@ class DualSLMPreTrainedModel(PreTrainedModel):
         for side in SIDES:
             refuse_other_backbone(config, side, hub_kwargs)
         generation_config = (model if port is None or ears_only else language_model).generation_config
+        lora_config = model.config.lora_config
         if ears_only:
-            config.lora_config = None  # it is of the layers
+            model.config.lora_config = None  # it is of the layers
         model.attach_backbones(audio_tower, language_model)
-        if config.lora_config is not None:
+        model.config.lora_config = lora_config
+        if lora_config is not None and not ears_only:
             load_lora(model, name, hub_kwargs | places)
         model.generation_config = generation_config
         model.eval()

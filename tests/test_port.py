@@ -194,6 +194,8 @@ def test_the_ears_are_the_same_and_speak_to_another_llm_in_its_own_tokens(source
 
     features, found = hear(ported, its)
     assert found == heard and len({turn["heard"] for turn in heard}) == len(heard)
+    alone = DualSLMForConditionalGeneration.from_pretrained(folder, text_model_id=llms[family], ears_only=True)
+    assert hear(alone, its)[1] == heard
     assert torch.equal(features.paralinguistic_logits, first.paralinguistic_logits)
     for turn, ids in zip(
         found, features.linguistic_token_ids.split(features.linguistic_lengths.tolist()), strict=True

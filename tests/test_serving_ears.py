@@ -5,9 +5,11 @@ import threading
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from conftest import make_model, tone
 from dual_slm import DualSLMForConditionalGeneration, DualSLMProcessor
+from dual_slm.backbones_dual_slm import BackboneSource, load_backbones
 from dual_slm.training.serving.ears import Ears, Heard
 from served import wav
 
@@ -154,3 +156,43 @@ def test_no_label_is_named_unless_it_beats_all_others_together():
     heard = Heard(None, "hello", attributes, 5, 0.1)
     assert heard.labels() == {"gender": "female", "emotion": "unsure"}
     assert heard.to_dict() == {"heard": "hello", "attributes": heard.labels(), "probabilities": attributes}
+
+
+SIZES = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**GROUPED, tie_word_embeddings=False),
+        Qwen3Config(**GROUPED, use_sliding_window=True, max_window_layers=1),
+        Gemma3TextConfig(**GROUPED),  # scales what it looks up, and has two kinds of layers
+        GPTNeoXConfig(**SIZES, intermediate_size=64),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_the_embeddings_of_any_llm_are_read_alone(config, tiny_backbones, tmp_path):
+    whole = AutoModelForCausalLM.from_config(config)
+    whole.save_pretrained(tmp_path)
+    sources = (BackboneSource(tiny_backbones[0]), BackboneSource(str(tmp_path)))
+    _, alone, _ = load_backbones(*sources, {"dtype": torch.float32}, ears_only=True)
+    tokens = torch.arange(100)
+    assert torch.equal(alone.get_input_embeddings()(tokens), whole.get_input_embeddings()(tokens))
+    assert sum(p.numel() for p in alone.parameters()) <= 100 * 32 + 64  # and a norm
+
+
+def test_a_checkpoint_with_lora_hears_without_it(tiny_backbones, tmp_path):
+    pytest.importorskip("peft")
+    lora = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    model, processor = make_model(tiny_backbones, kind="letters", lora_config=lora)
+    model.save_pretrained(tmp_path)
+    deaf = DualSLMForConditionalGeneration.from_pretrained(tmp_path, ears_only=True)
+    ears, whole = Ears(deaf, processor), Ears(model, processor)
+    clips = [tone(0.4, seed) for seed in range(8)]
+    pairs = list(zip(ears.hear(clips), whole.hear(clips), strict=True))
+    for one, other in pairs:
+        assert one.words == other.words
+        torch.testing.assert_close(one.positions()[0], other.positions()[0], atol=1e-5, rtol=1e-4)
+    ears.close()
+    whole.close()
