@@ -8,10 +8,13 @@ demo: .venv/demo
 	$(BIN)/dual-slm backbones
 	$(BIN)/dual-slm reply training/assets/librispeech-2764-36616-0000.flac
 
-test: lint types
+test: .venv/test
+	$(MAKE) -j2 types ready
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+ready: lint
 	$(BIN)/python -m dual_slm.training.reference --check
 	$(BIN)/dual-slm backbones whisper-base smollm2-135m-instruct whisper-tiny.en
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: .venv/test
 	$(MAKE) -j2 lint types fast
@@ -40,4 +43,4 @@ types: .venv/test
 	$(BIN)/pip install -q -e ".[dev]"
 	touch $@
 
-.PHONY: demo test check fast lint types
+.PHONY: demo test ready check fast lint types

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MAX_LINES = 16_550  # of the root's and of training's modules together: 460 are portable ears, 620 decode audio, 1,380 serve
+MAX_LINES = (
+    16_550  # of the root's and of training's modules together: 460 are portable ears, 620 decode audio, 1,380 serve
+)
 MAX_FILE, MAX_CLASS, MAX_FUNCTION = 600, 350, 80  # lines
 MAX_WORDS = 40  # in a sentence
 BLOCK = 6  # lines that may not stand in two places

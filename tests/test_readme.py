@@ -80,8 +80,9 @@ def test_python_blocks_run(desk):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="the blocks are for a POSIX shell")
 def test_bash_blocks_run(desk):
-    for block in blocks("bash"):
-        run(["bash", "-euc", block], desk)
+    out = "".join(run(["bash", "-euc", block], desk) for block in blocks("bash"))
+    # `reply` twice and `hear` of the released checkpoint, `reply` of the trial
+    assert len(re.findall(r"^attributes +gender \w+ \(\d+%\), pitch ", out, re.MULTILINE)) == 4, out
     assert (desk / "runs/trial/final/model.safetensors").is_file()
     assert (desk / "report/report.html").is_file()
 
