@@ -39,7 +39,7 @@ def user(*parts: dict | str) -> dict:
 @contextmanager
 def running(app) -> Iterator[str]:
     """Serves an ASGI application; gives its address, without a slash at the end."""
-    config = uvicorn.Config(app, "127.0.0.1", 0, log_level="critical", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(app, "127.0.0.1", 0, log_level="critical", timeout_graceful_shutdown=1_800)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -50,8 +50,8 @@ def running(app) -> Iterator[str]:
         thread.join()
 
 
-def wait_for(condition, seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition) -> None:
+    end = time.monotonic() + 1_800
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)

@@ -79,7 +79,7 @@ def test_serve_says_where_it_is_and_ends_gracefully(checkpoint):
         name, url = process.stdout.readline().split()
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
         assert (name, [model.id for model in client.models.list()]) == ("tiny", ["tiny"])
-        heard = requests.post(f"{url}/audio/hear", files={"file": wav(tone(0.4, 8), subtype="FLOAT")}, timeout=60)
+        heard = requests.post(f"{url}/audio/hear", files={"file": wav(tone(0.4, 8), subtype="FLOAT")}, timeout=1_800)
         assert heard.json()["heard"] == "a be a"
         options = {"model": "tiny", "messages": [user("hello")], "max_tokens": 200, "stream": True}
         stream = client.chat.completions.create(**options)

@@ -127,7 +127,7 @@ def test_a_hostile_message_is_refused_with_its_cause_and_cure(server, name):
     if isinstance(body, dict):
         body = {"model": "tiny", "max_tokens": 2} | body
     headers = {"Content-Type": "application/json"}
-    answer = requests.post(f"{server}/v1/chat/completions", data=json.dumps(body), headers=headers, timeout=60)
+    answer = requests.post(f"{server}/v1/chat/completions", data=json.dumps(body), headers=headers, timeout=1_800)
     assert answer.status_code == status, answer.text
     if status != 200:
         error = answer.json()["error"]
@@ -142,7 +142,7 @@ def test_a_hostile_message_is_refused_with_its_cause_and_cure(server, name):
 )
 def test_a_body_that_is_no_json_is_refused(server, data):
     headers = {"Content-Type": "application/json"}
-    answer = requests.post(f"{server}/v1/chat/completions", data=data, headers=headers, timeout=60)
+    answer = requests.post(f"{server}/v1/chat/completions", data=data, headers=headers, timeout=1_800)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
@@ -151,7 +151,7 @@ def test_a_body_that_is_no_json_is_refused(server, data):
 def test_uploads_have_the_same_limits(server, path):
     def upload(data: bytes | None, **form) -> requests.Response:
         files = {} if data is None else {"file": ("../../etc/passwd", data)}
-        return requests.post(server + path, files=files, data=form, timeout=60)
+        return requests.post(server + path, files=files, data=form, timeout=1_800)
 
     refused = {413: wav(6.5), 400: b"no audio"}
     assert {status: upload(data).status_code for status, data in refused.items()} == {413: 413, 400: 400}
