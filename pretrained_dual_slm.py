@@ -104,8 +104,9 @@ class DualSLMPreTrainedModel(PreTrainedModel):
             self.hf_device_map |= dict.fromkeys(ours, first)
         add_lora(language_model, self.config.lora_config)
         soft_tokens = getattr(self.paralinguistic_adapter, "soft_tokens", None)
-        without_keys = soft_tokens is not None and soft_tokens.token_ids.any() and not soft_tokens.keys.any()
-        if without_keys and device.type != "meta":  # an embedding that is offloaded has no rows to keep
+        if soft_tokens is None or device.type == "meta":  # an embedding that is offloaded has no rows to keep
+            return
+        if soft_tokens.token_ids.any() and not soft_tokens.keys.any():
             soft_tokens.choose(soft_tokens.token_ids, language_model.get_input_embeddings())
 
     def train(self, mode: bool = True):
