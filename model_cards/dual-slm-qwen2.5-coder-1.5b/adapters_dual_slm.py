@@ -1,0 +1,1 @@
+../../adapters_dual_slm.py

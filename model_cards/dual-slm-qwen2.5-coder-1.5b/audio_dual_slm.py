@@ -1,0 +1,1 @@
+../../audio_dual_slm.py

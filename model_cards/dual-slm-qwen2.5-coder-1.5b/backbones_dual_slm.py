@@ -1,0 +1,1 @@
+../../backbones_dual_slm.py

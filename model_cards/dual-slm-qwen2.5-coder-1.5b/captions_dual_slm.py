@@ -1,0 +1,1 @@
+../../captions_dual_slm.py

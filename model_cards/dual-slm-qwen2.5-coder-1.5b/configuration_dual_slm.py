@@ -1,0 +1,1 @@
+../../configuration_dual_slm.py

@@ -1,0 +1,1 @@
+../../conversation_dual_slm.py

@@ -1,0 +1,1 @@
+../../decoding_dual_slm.py

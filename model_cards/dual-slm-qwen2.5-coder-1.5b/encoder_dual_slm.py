@@ -1,0 +1,1 @@
+../../encoder_dual_slm.py

@@ -1,0 +1,1 @@
+../../hearing_dual_slm.py

@@ -1,0 +1,1 @@
+../../modeling_dual_slm.py

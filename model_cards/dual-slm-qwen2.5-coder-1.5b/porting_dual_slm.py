@@ -1,0 +1,1 @@
+../../porting_dual_slm.py

@@ -1,0 +1,1 @@
+../../pretrained_dual_slm.py

@@ -1,0 +1,1 @@
+../../processing_dual_slm.py

@@ -1,0 +1,1 @@
+../../templates_dual_slm.py

@@ -1,0 +1,1 @@
+../../tokens_dual_slm.py

@@ -1,0 +1,1 @@
+../../turns_dual_slm.py
