@@ -88,8 +88,10 @@ class DualSLMPreTrainedModel(PreTrainedModel):
             module.requires_grad_(False)
             module.eval()
 
-    def attach_backbones(self, audio_tower: PreTrainedModel, language_model: PreTrainedModel) -> None:
-        """Freezes the two backbones and puts them in place, with LoRA where the config has it."""
+    def attach_backbones(
+        self, audio_tower: PreTrainedModel, language_model: PreTrainedModel, lora: bool = True
+    ) -> None:
+        """Freezes the two backbones and puts them in place, with LoRA where the config has it and `lora` is true."""
         self.audio_tower, self.language_model = audio_tower, language_model
         self._freeze_backbones()
         self.post_init()  # collects tied keys and no-split modules anew; initialises nothing
@@ -102,7 +104,8 @@ class DualSLMPreTrainedModel(PreTrainedModel):
             ours, first = ("audio_tower", "paralinguistic_adapter", "linguistic_adapter"), next(iter(places.values()))
             self.hf_device_map = {f"language_model.{name}".rstrip("."): place for name, place in places.items()}
             self.hf_device_map |= dict.fromkeys(ours, first)
-        add_lora(language_model, self.config.lora_config)
+        if lora:
+            add_lora(language_model, self.config.lora_config)
         soft_tokens = getattr(self.paralinguistic_adapter, "soft_tokens", None)
         if soft_tokens is None or device.type == "meta":  # an embedding that is offloaded has no rows to keep
             return
@@ -303,12 +306,8 @@ class DualSLMPreTrainedModel(PreTrainedModel):
         for side in SIDES:
             refuse_other_backbone(config, side, hub_kwargs)
         generation_config = (model if port is None or ears_only else language_model).generation_config
-        lora_config = model.config.lora_config
-        if ears_only:
-            model.config.lora_config = None  # it is of the layers
-        model.attach_backbones(audio_tower, language_model)
-        model.config.lora_config = lora_config
-        if lora_config is not None and not ears_only:
+        model.attach_backbones(audio_tower, language_model, lora=not ears_only)  # LoRA is of the layers
+        if config.lora_config is not None and not ears_only:
             load_lora(model, name, hub_kwargs | places)
         model.generation_config = generation_config
         model.eval()

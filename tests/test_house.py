@@ -24,7 +24,7 @@ BLOCK = 6  # lines that may not stand in two places
 
 # Lowest floor first; a module imports from its own floor and from lower ones. Root modules are below all of these.
 FLOORS = (
-    ("files", "labels", "prompts", "text", "hardware", "allocator", "batches"),
+    ("files", "labels", "prompts", "text", "endpoint", "hardware", "allocator", "batches"),
     ("backbones", "corpora"),
     ("attributes", "augmentation"),
     ("tasks", "parsing", "err", "stats"),

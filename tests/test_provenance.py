@@ -51,7 +51,8 @@ def test_a_release_whose_words_are_all_explained_is_told_what_it_shares(run):
     assert [overlap.corpus for overlap in check_release(run, run, [run / "official.parquet"], [])] == ["c", "official"]
 
 
-LEAK = "1 texts are those of held-out speakers, the first is 'be a lazy dog dig'"
+LEAK = "1 texts are those of held-out speakers, the first is 'be a lazy dog'"
+SYNTHETIC = said("be a lazy dog", corpus="synthetic")
 SPEAKER = said("dig", "test", speaker="train speaker")
 CLIP = (said("dig", "test", audio=__file__), said("fox", audio=__file__))
 
@@ -59,12 +60,16 @@ CLIP = (said("dig", "test", audio=__file__), said("fox", audio=__file__))
 @pytest.mark.parametrize(
     ("changes", "held_out", "message"),
     [
-        ({"words": (said("be a lazy dog"),)}, ["Be a lazy dog."], None),  # four words that two people say are chance
-        ({"words": (said("be a lazy dog dig"),)}, ["Be a LAZY dog, dig!"], LEAK),
-        ({"lines": "the fox\nbe a lazy dog dig\n"}, ["Be a LAZY dog, dig!"], LEAK),
+        ({}, ["A lazy dog."], None),  # three words that two people say are chance
+        ({"words": (SYNTHETIC,), "lines": "the fox be a lazy dog"}, ["Be a lazy dog."], None),  # a piece of a sentence
+        ({"words": (SYNTHETIC,), "lines": "the fox be a lazy dogs"}, ["Be a lazy dog."], LEAK),
+        ({"words": (SYNTHETIC,), "lines": "be a lazy dog"}, ["Be a lazy dog."], LEAK),
+        ({"words": (said("be a lazy dog"), SYNTHETIC), "lines": "the fox be a lazy dog"}, ["Be a lazy dog."], LEAK),
+        ({"words": (said("be a lazy dog"),)}, ["Be a LAZY dog!"], LEAK),
+        ({"lines": "the fox\nbe a lazy dog\n"}, ["Be a LAZY dog!"], LEAK),
         ({"rows": (SPEAKER,)}, [], "1 speakers of c, test, are in training (train speaker)"),
         ({"rows": CLIP}, [], "1 clips of c, test, are in training"),
-        ({"rows": (said("be a lazy dog dig", "test"),), "lines": "be a lazy dog dig"}, [], LEAK),
+        ({"rows": (said("be a lazy dog", "test"),), "lines": "be a lazy dog"}, [], LEAK),
     ],
 )
 def test_words_of_held_out_speakers_are_refused_wherever_they_are(run, changes, held_out, message):

@@ -20,3 +20,8 @@ CAPTION_TEMPLATE = "({gender} voice, {pitch} pitch, {tempo} tempo, {energy} ener
 ATTRIBUTE_LABELS = {name: list(classes) for name, classes in LEVELS.items()} | {
     "emotion": ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]
 }
+
+
+def best_labels(attributes: dict[str, dict[str, float]] | None) -> dict[str, str]:
+    """The most probable label of each attribute."""
+    return {name: max(labels, key=lambda label: labels[label]) for name, labels in (attributes or {}).items()}

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..labels import best_labels
+
 if TYPE_CHECKING:
     from ...modeling_dual_slm import DualSLMForConditionalGeneration
     from ...processing_dual_slm import DualSLMProcessor
@@ -51,11 +53,6 @@ def check_files(files: list[str]) -> None:
     for file in files:
         if not Path(file).is_file() and "://" not in file:
             raise FileNotFoundError(f"{file}: no such file.")
-
-
-def best_labels(attributes: dict[str, dict[str, float]] | None) -> dict[str, str]:
-    """The most probable label of each attribute."""
-    return {name: max(labels, key=lambda label: labels[label]) for name, labels in (attributes or {}).items()}
 
 
 def show_heard(file: str, words: str | None, attributes: dict[str, dict[str, float]] | None) -> None:

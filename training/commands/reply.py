@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import add_checkpoint_arguments, add_command, best_labels, check_files, load, show_heard
+from ..labels import best_labels
+from .common import add_checkpoint_arguments, add_command, check_files, load, show_heard
 
 if TYPE_CHECKING:
     from ...conversation_dual_slm import DualSLMConversation

@@ -10,7 +10,6 @@ A journal keeps every answer, so that an interrupted run goes on.
 
 import hashlib
 import json
-import os
 import random
 import re
 from collections import defaultdict
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from ..attributes import describe
 from ..batches import batched
 from ..corpora.row import Row
+from ..endpoint import read_endpoint
 from ..files import Journal
 from .context import ASSET
 
@@ -87,11 +87,8 @@ class RemoteJudge:
     def __init__(self, url: str, timeout: float = 120.0, max_retries: int = 4):
         import openai
 
-        base, _, self.model = url.partition("#")
-        if not self.model:
-            raise ValueError(f"{url}: name the model behind a #, for example http://localhost:8000/v1#my-model.")
+        base, self.model, key = read_endpoint(url)
         self.name, self.reached = url, False
-        key = os.environ.get("OPENAI_API_KEY", "none")
         self.client = openai.OpenAI(base_url=base, api_key=key, timeout=timeout, max_retries=max_retries)
 
     def complete(self, prompts: list[str], seed: int) -> list[str | None]:

@@ -14,6 +14,7 @@ import torch
 
 from ...audio_dual_slm import load_audio
 from ...modeling_dual_slm import DualSLMAudioFeatures
+from ..labels import best_labels
 
 if TYPE_CHECKING:
     from ...modeling_dual_slm import DualSLMForConditionalGeneration
@@ -58,11 +59,9 @@ class Heard:
 
     def labels(self) -> dict[str, str]:
         """The most probable label of each attribute, or "unsure"."""
-        found = {}
-        for name, probabilities in (self.attributes or {}).items():
-            best = max(probabilities, key=lambda label: probabilities[label])
-            found[name] = best if probabilities[best] > UNSURE else "unsure"
-        return found
+        known = self.attributes or {}
+        best = best_labels(known)
+        return {name: label if known[name][label] > UNSURE else "unsure" for name, label in best.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, with the names of `dual-slm reply --json`."""

@@ -1,7 +1,6 @@
 """What answers a conversation: the checkpoint's own LLM in this process, or any LLM behind an OpenAI API as text."""
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from ...conversation_dual_slm import StopOnEvent
 from ...modeling_dual_slm import DualSLMAudioFeatures
+from ..endpoint import read_endpoint
 from .ears import Ears
 from .messages import ChatRequest, HeardPart, Turn
 from .policy import Refused
@@ -233,10 +233,7 @@ class TextEngine:
     def __init__(self, url: str, timeout: float = 120.0):
         import openai
 
-        base, _, self.model = url.partition("#")
-        if not self.model:
-            raise ValueError(f"{url}: name the model behind a #, for example http://localhost:8000/v1#my-model.")
-        key = os.environ.get("OPENAI_API_KEY", "none")
+        base, self.model, key = read_endpoint(url)
         self.client = openai.AsyncOpenAI(base_url=base, api_key=key, timeout=timeout, max_retries=0)
 
     async def close(self) -> None:
